@@ -1,0 +1,129 @@
+//! The registry of formats: each registers itself with `inventory`.
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::pin::Pin;
+
+use crate::Disk;
+
+/// A format plug-in.
+///
+/// ```text
+/// inventory::submit! { Format { name: "raw", extensions: &["img", "raw"], … } }
+/// ```
+pub struct Format {
+    /// Name as `format = "…"` gives it.
+    pub name: &'static str,
+    /// File name extensions that choose this format when none is written out, without the dot.
+    pub extensions: &'static [&'static str],
+    /// One line: what the format is.
+    pub description: &'static str,
+    /// What it can do, as `launcher formats` shows it: "discard", "resize", "backing", …
+    pub abilities: &'static [&'static str],
+    /// The options of its own table `[block.NAME]`.
+    pub options: &'static [FormatOption],
+    /// Opens an image.
+    pub open: for<'a> fn(&'a crate::Ring, &'a Image) -> Opening<'a>,
+    /// Creates an image of `image.size` bytes at `image.path`, which does not exist yet.
+    pub create: fn(&Image) -> Result<(), OpenError>,
+}
+
+inventory::collect!(Format);
+
+/// An image being opened.
+pub type Opening<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn Disk>, OpenError>> + 'a>>;
+
+/// Why an image could not be opened or created: what is wrong, and what to do about it.
+#[derive(Debug)]
+pub struct OpenError {
+    /// Lower case, one sentence: key or file, value, limit.
+    pub message: String,
+    /// What to do, if there is something to say.
+    pub help: Option<String>,
+    /// The option (a key of `[[block]]`) that is at fault; `path` if it is the file itself.
+    pub key: &'static str,
+}
+
+/// One option of a format, in its own table.
+#[derive(Debug)]
+pub struct FormatOption {
+    /// Key in the table.
+    pub name: &'static str,
+    /// What values it takes.
+    pub kind: OptionKind,
+    /// The default as written in TOML.
+    pub default: &'static str,
+    /// What it does.
+    pub doc: &'static str,
+}
+
+/// The values that a format's option takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OptionKind {
+    /// `true` or `false`.
+    Bool,
+    /// A size in bytes: an integer or a string such as "64KiB".
+    Size,
+    /// A whole number.
+    Integer,
+    /// One of these words.
+    Choice(&'static [&'static str]),
+}
+
+/// A value given for a format's option.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum OptionValue {
+    /// For [`OptionKind::Bool`].
+    Bool(bool),
+    /// For [`OptionKind::Size`] and [`OptionKind::Integer`].
+    Number(u64),
+    /// For [`OptionKind::Choice`].
+    Word(String),
+}
+
+/// An image to open or to create, and how: the options that all formats share.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The file or host block device.
+    pub path: PathBuf,
+    /// Opened read-only, with a shared lock.
+    pub ro: bool,
+    /// Thin with discard (true), or fully allocated at opening (false).
+    pub sparse: bool,
+    /// O_DIRECT on the host file.
+    pub o_direct: bool,
+    /// Logical block size in bytes: a power of two, 512 to 65536.
+    pub block_size: u32,
+    /// Takes the locks that QEMU honours too.
+    pub lock: bool,
+    /// Size in bytes to create or grow to.
+    pub size: Option<u64>,
+    /// The backing file that the configuration names.
+    pub backing: Option<PathBuf>,
+    /// Whether the user wrote the format out (then content that looks like another format is
+    /// no contradiction).
+    pub format_written: bool,
+    /// Options of the format's own table, in the file's order.
+    pub options: Vec<(&'static str, OptionValue)>,
+}
+
+/// All registered formats, sorted by name. Two of one name are an error.
+pub fn formats() -> Result<Vec<&'static Format>, OpenError> {
+    let mut all: Vec<_> = inventory::iter::<Format>.into_iter().collect();
+    all.sort_by_key(|format| format.name);
+    match all.windows(2).find(|pair| pair[0].name == pair[1].name) {
+        Some(pair) => Err(OpenError {
+            message: format!("format `{}` is registered twice", pair[0].name),
+            help: Some("leave one of the two plug-ins out of this build".into()),
+            key: "format",
+        }),
+        None => Ok(all),
+    }
+}
+
+/// Finds a format by name.
+pub fn find(name: &str) -> Option<&'static Format> {
+    inventory::iter::<Format>
+        .into_iter()
+        .find(|format| format.name == name)
+}

@@ -1,0 +1,1 @@
+//! The PCI bus, mechanism #1, and what PCI devices share.

@@ -1,0 +1,68 @@
+//! Virtio devices (virtio 1.3). A device implements [`Device`]; a transport drives it.
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::devices::GuestMemory;
+
+/// A virtio device, driven by a transport (section 2).
+///
+/// A device outlives the machine it is plugged into: after a guest reboot the same device, with
+/// its open image, is plugged into the next machine.
+pub trait Device: Send {
+    /// Device type (section 5): 2 is a block device, 4 an entropy source.
+    fn device_type(&self) -> u32;
+    /// Feature bits that the device offers, VIRTIO_F_VERSION_1 included (section 2.2).
+    fn features(&self) -> u64;
+    /// Largest size of each virtqueue; the length is the number of virtqueues.
+    fn queue_max_sizes(&self) -> Vec<u16>;
+    /// Reads the device configuration space (section 2.5); bytes past its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Writes the device configuration space; what is not writable is left alone.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// Starts serving: the driver has set DRIVER_OK. An error makes the transport set
+    /// DEVICE_NEEDS_RESET.
+    fn activate(&mut self, activation: Activation) -> io::Result<()>;
+    /// Stops serving. When it returns, no request is in flight and guest memory is not touched
+    /// any more. Called for a device that was not activated too.
+    fn reset(&mut self);
+    /// The interrupt to use for configuration changes, from before activation on: a resize works
+    /// before the guest's driver is there.
+    fn connect(&mut self, interrupt: Arc<dyn Interrupt>);
+}
+
+/// What the driver set up before DRIVER_OK.
+pub struct Activation {
+    /// The guest's memory.
+    pub memory: Arc<GuestMemory>,
+    /// The features that were negotiated.
+    pub features: u64,
+    /// The virtqueues that the driver enabled, in order of their index.
+    pub queues: Vec<ActiveQueue>,
+    /// How the device interrupts the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// A virtqueue that the driver enabled. Size and addresses are final.
+pub struct ActiveQueue {
+    /// Index of the virtqueue.
+    pub index: u16,
+    /// The rings, validated: aligned, and inside guest memory.
+    pub queue: Queue,
+    /// Signalled when the driver has made buffers available.
+    pub kick: EventFd,
+}
+
+/// A device's way to interrupt its driver.
+pub trait Interrupt: Send + Sync {
+    /// Used buffers wait in virtqueue `index`. One call a batch, after the used ring is updated
+    /// and only if the driver asked for it.
+    fn queue(&self, index: u16);
+    /// The configuration space changed (section 2.5): raises its generation.
+    fn config_changed(&self);
+    /// The rings are broken beyond repair: sets DEVICE_NEEDS_RESET (section 2.1.2).
+    fn needs_reset(&self);
+}
