@@ -3,6 +3,7 @@
 
 pub mod bus;
 pub mod pci;
+mod throttle;
 pub mod virtio;
 
 use std::io;
