@@ -88,6 +88,11 @@ impl FakeHypervisor {
     pub(crate) fn msi_at(&self, index: usize) -> Arc<FakeMsi> {
         self.msis.lock().unwrap()[index].clone()
     }
+
+    pub(crate) fn doorbell_addresses(&self) -> Vec<u64> {
+        let doorbells = self.doorbells.lock().unwrap();
+        doorbells.iter().map(|(address, _)| *address).collect()
+    }
 }
 
 impl Hypervisor for FakeHypervisor {

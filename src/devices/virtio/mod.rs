@@ -1,5 +1,7 @@
 //! Virtio devices (virtio 1.3). A device implements [`Device`]; a transport drives it.
 
+pub mod pci;
+
 use std::io;
 use std::sync::Arc;
 
@@ -23,6 +25,9 @@ pub trait Device: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Writes the device configuration space; what is not writable is left alone.
     fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// The driver has set FEATURES_OK and these features are negotiated (section 3.1.1): fields of
+    /// the configuration space that depend on them are final now.
+    fn negotiated(&mut self, _features: u64) {}
     /// Starts serving: the driver has set DRIVER_OK. An error makes the transport set
     /// DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> io::Result<()>;
@@ -52,7 +57,7 @@ pub struct ActiveQueue {
     pub index: u16,
     /// The rings, validated: aligned, and inside guest memory.
     pub queue: Queue,
-    /// Signalled when the driver has made buffers available.
+    /// Signalled when the driver has made buffers available. Reads of it block.
     pub kick: EventFd,
 }
 
