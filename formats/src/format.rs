@@ -1,5 +1,6 @@
 //! The registry of formats: each registers itself with `inventory`.
 
+use std::fmt;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -43,6 +44,18 @@ pub struct OpenError {
     /// The option (a key of `[[block]]`) that is at fault; `path` if it is the file itself.
     pub key: &'static str,
 }
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        match &self.help {
+            Some(help) => write!(f, "\nhelp: {help}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for OpenError {}
 
 /// One option of a format, in its own table.
 #[derive(Debug)]
@@ -126,4 +139,17 @@ pub fn find(name: &str) -> Option<&'static Format> {
     inventory::iter::<Format>
         .into_iter()
         .find(|format| format.name == name)
+}
+
+/// Finds the format that a file name extension, without the dot, stands for.
+pub fn for_extension(extension: &str) -> Option<&'static Format> {
+    inventory::iter::<Format>.into_iter().find(|format| {
+        let mut extensions = format.extensions.iter();
+        extensions.any(|other| other.eq_ignore_ascii_case(extension))
+    })
+}
+
+/// The format of a raw image, for the option `sparse`: thin, or fully allocated.
+pub fn raw_for(sparse: bool) -> &'static str {
+    if sparse { "sparse-raw" } else { "raw" }
 }

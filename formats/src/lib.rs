@@ -4,14 +4,20 @@
 //! [`inventory`]. All I/O goes through a [`Ring`], one for each thread that serves a disk. This
 //! crate knows nothing of virtio, KVM or configuration files: it compiles and tests alone.
 
+mod buffer;
 mod disk;
 mod format;
+mod host_file;
+mod raw;
 mod ring;
 mod segments;
 
+pub use buffer::Buffer;
 pub use disk::{Disk, Limits, Pending};
 pub use format::{
-    Format, FormatOption, Image, OpenError, Opening, OptionKind, OptionValue, find, formats,
+    Format, FormatOption, Image, OpenError, Opening, OptionKind, OptionValue, find, for_extension,
+    formats, raw_for,
 };
-pub use ring::Ring;
+pub use host_file::HostFile;
+pub use ring::{Engine, File, Operation, Ring, Whole};
 pub use segments::Segments;

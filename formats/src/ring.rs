@@ -1,5 +1,0 @@
-//! I/O of one thread.
-
-/// The I/O engine and executor of one thread.
-#[derive(Clone)]
-pub struct Ring {}
