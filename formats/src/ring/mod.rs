@@ -48,7 +48,7 @@ pub enum Engine {
 pub struct Ring(Rc<Inner>);
 
 enum Backend {
-    Uring(Uring),
+    Uring(Box<Uring>),
     Threads(Waits),
 }
 
@@ -75,10 +75,10 @@ impl Ring {
     /// A ring for the current thread.
     pub fn new(engine: Engine) -> io::Result<Ring> {
         let backend = match engine {
-            Engine::IoUring => Backend::Uring(Uring::new()?),
+            Engine::IoUring => Backend::Uring(Box::new(Uring::new()?)),
             Engine::Threads => Backend::Threads(Waits::default()),
             Engine::Auto => match Uring::new() {
-                Ok(uring) => Backend::Uring(uring),
+                Ok(uring) => Backend::Uring(Box::new(uring)),
                 Err(error) => {
                     tracing::debug!(%error, "no io_uring: threads do the I/O");
                     Backend::Threads(Waits::default())

@@ -153,6 +153,7 @@ struct Entry {
 /// All operations of a ring. Entries are used again, and stay where they are in memory.
 #[derive(Default)]
 pub(super) struct Table {
+    #[expect(clippy::vec_box, reason = "the kernel reads iovecs in there: entries never move")]
     entries: Vec<Box<Entry>>,
     free: Option<u32>,
     abandoned: usize,
