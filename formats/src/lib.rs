@@ -19,5 +19,7 @@ pub use format::{
     formats, raw_for,
 };
 pub use host_file::HostFile;
+#[cfg(any(test, feature = "faults"))]
+pub use ring::{Attempt, Fault, What};
 pub use ring::{Engine, File, Operation, Ring, Whole};
 pub use segments::Segments;

@@ -75,12 +75,12 @@ impl File {
 impl From<OwnedFd> for File {
     fn from(fd: OwnedFd) -> Self {
         let flags = rustix::fs::fcntl_getfl(&fd).unwrap_or(OFlags::empty());
-        let (reads, writes) = Shortcut::of(&fd, flags);
+        let shortcut = Shortcut::of(&fd, flags);
         File(Rc::new(Opened {
             fd,
             nonblocking: flags.contains(OFlags::NONBLOCK),
-            reads: Cell::new(reads),
-            writes: Cell::new(writes),
+            reads: Cell::new(shortcut),
+            writes: Cell::new(shortcut),
             counter: OnceCell::new(),
         }))
     }

@@ -1,5 +1,7 @@
 //! I/O of one thread: an engine and an executor.
 
+#[cfg(any(test, feature = "faults"))]
+mod faults;
 mod file;
 mod op;
 mod operation;
@@ -18,6 +20,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::{io, mem};
 
+#[cfg(any(test, feature = "faults"))]
+pub use faults::{Attempt, Fault, What};
 pub use file::File;
 pub use operation::{Operation, Whole};
 
@@ -64,6 +68,8 @@ struct Inner {
     budget: Cell<u32>,
     /// How many `block_on` are under way, one inside the other.
     depth: Cell<u32>,
+    #[cfg(any(test, feature = "faults"))]
+    faults: RefCell<Option<faults::Faults>>,
 }
 
 /// Operations that one task may complete in a row before others get their turn.
@@ -95,6 +101,8 @@ impl Ring {
             done: RefCell::default(),
             budget: Cell::new(BUDGET),
             depth: Cell::new(0),
+            #[cfg(any(test, feature = "faults"))]
+            faults: RefCell::default(),
         })))
     }
 
@@ -104,6 +112,13 @@ impl Ring {
             Backend::Uring(_) => Engine::IoUring,
             Backend::Threads(_) => Engine::Threads,
         }
+    }
+
+    /// From now on `faults` is asked before each attempt at an operation, and what it returns is
+    /// what the kernel is said to have returned.
+    #[cfg(any(test, feature = "faults"))]
+    pub fn inject(&self, faults: impl FnMut(&Attempt) -> Option<Fault> + 'static) {
+        *self.0.faults.borrow_mut() = Some(Box::new(faults));
     }
 
     /// Adds a task, which [`Ring::block_on`] runs. It is dropped when the outermost `block_on`
@@ -256,13 +271,16 @@ impl Inner {
         if !table.is_new(token) {
             return table.fetch(token, waker).map_or(Poll::Pending, Poll::Ready);
         }
-        let at_once = table.request(token).and_then(|request| {
-            let result = shortcut::attempt(request)?;
-            request.complete(result)
+        let first = table.request(token).and_then(|request| {
+            let result = self.fault(request).or_else(|| shortcut::attempt(request))?;
+            Some(request.complete(result))
         });
-        let Some(result) = at_once else {
+        let Some(Some(result)) = first else {
             table.launch(token);
-            self.hand_over(&mut table, token);
+            match first {
+                None => self.issue(&mut table, token),
+                Some(_) => self.reissue(&mut table, token),
+            }
             return table.fetch(token, waker).map_or(Poll::Pending, Poll::Ready);
         };
         let request = table.finish(token, result);
@@ -285,8 +303,26 @@ impl Inner {
         }
     }
 
+    #[cfg(any(test, feature = "faults"))]
+    fn fault(&self, request: &Request) -> Option<i32> {
+        faults::result(self.faults.borrow_mut().as_mut()?, request)
+    }
+
+    #[cfg(not(any(test, feature = "faults")))]
+    fn fault(&self, _: &Request) -> Option<i32> {
+        None
+    }
+
+    /// Gives an operation to the engine again.
+    fn reissue(&self, table: &mut Table, token: Token) {
+        match table.request(token).and_then(|request| self.fault(request)) {
+            Some(result) => self.done.borrow_mut().push((token, result)),
+            None => self.issue(table, token),
+        }
+    }
+
     /// Gives an operation to the engine.
-    fn hand_over(&self, table: &mut Table, token: Token) {
+    fn issue(&self, table: &mut Table, token: Token) {
         let Some(request) = table.request(token) else {
             return;
         };
@@ -344,7 +380,7 @@ impl Inner {
     fn dispatch(&self, token: Token, result: i32) {
         let mut table = self.table.borrow_mut();
         match table.report(token, result) {
-            Outcome::Again => self.hand_over(&mut table, token),
+            Outcome::Again => self.reissue(&mut table, token),
             Outcome::Done(request, waker) => {
                 drop(table);
                 drop(request);

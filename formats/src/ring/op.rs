@@ -85,6 +85,11 @@ impl Request {
         &all[..all.len().min(IOV_MAX)]
     }
 
+    /// Bytes left to transfer.
+    pub(super) fn left(&self) -> usize {
+        self.segments.as_ref().map_or(0, Segments::len)
+    }
+
     /// What a result of the kernel (a count, or a negated errno) means: the operation's result,
     /// or `None` if it is to be issued again.
     pub(super) fn complete(&mut self, result: i32) -> Option<io::Result<usize>> {
@@ -153,7 +158,10 @@ struct Entry {
 /// All operations of a ring. Entries are used again, and stay where they are in memory.
 #[derive(Default)]
 pub(super) struct Table {
-    #[expect(clippy::vec_box, reason = "the kernel reads iovecs in there: entries never move")]
+    #[expect(
+        clippy::vec_box,
+        reason = "the kernel reads iovecs in there: entries never move"
+    )]
     entries: Vec<Box<Entry>>,
     free: Option<u32>,
     abandoned: usize,

@@ -201,12 +201,18 @@ impl Job {
                 }
             }
         };
-        match i32::try_from(result) {
-            Ok(count) if count >= 0 => count,
-            // The kernel transfers less than 2 GiB at a time.
-            _ => -io::Error::last_os_error()
-                .raw_os_error()
-                .unwrap_or(libc::EIO),
+        negated(result)
+    }
+}
+
+/// A result of libc in the kernel's own form: a count, or a negated errno.
+pub(super) fn negated(result: isize) -> i32 {
+    match i32::try_from(result) {
+        Ok(count) if count >= 0 => count,
+        // No count is too large: the kernel transfers less than 2 GiB at a time.
+        _ => {
+            let errno = io::Error::last_os_error().raw_os_error();
+            -errno.unwrap_or(libc::EIO)
         }
     }
 }

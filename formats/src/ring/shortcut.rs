@@ -1,6 +1,13 @@
 //! Transfers that need no engine, because the page cache has or takes the bytes at once.
+//!
+//! io_uring hands a buffered transfer to a kernel thread wherever the file system cannot promise
+//! not to wait: every buffered write to ext4, every transfer of tmpfs. That costs several times
+//! the copy itself. So a transfer of the page cache is first tried on the spot: with RWF_NOWAIT
+//! where that is understood, and else with a plain call whose duration is watched. A call that
+//! took long enough to have waited sends those after it to the engine for a while.
 
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, OFlags};
 
@@ -11,25 +18,49 @@ use super::op::{Kind, Request};
 pub(super) enum Shortcut {
     /// Not at all.
     Never,
-    /// With RWF_NOWAIT, which fails rather than waits.
-    Nowait,
+    /// With RWF_NOWAIT, which fails rather than waits; after `misses` in a row not for the next
+    /// `skip` transfers.
+    Nowait { misses: u32, skip: u32 },
+    /// With a plain call, but not before this time. `watch` further calls are watched more
+    /// closely, for one took long a moment ago.
+    Timed { after: Option<Instant>, watch: u32 },
 }
 
+/// Longer transfers are left to the engine: their copy would hold up other requests, and is
+/// work enough for another thread.
+const MAX_LEN: usize = 64 << 10;
+
+/// A plain call that takes longer than this and a nanosecond a byte was held up: it waited for
+/// the file system, or its thread for a processor.
+const PROMPT: Duration = Duration::from_micros(50);
+
+/// Two calls held up within so many are no accident of scheduling.
+const WATCH: u32 = 8;
+
+/// For how many times its duration a call that waited keeps others off: so the ring's thread
+/// spends no more than about one part in eight waiting.
+const REST: u32 = 16;
+
 impl Shortcut {
+    const PLAIN: Shortcut = Shortcut::Timed {
+        after: None,
+        watch: 0,
+    };
+
     /// For reads and for writes of a newly opened file.
-    pub(super) fn of(fd: &OwnedFd, flags: OFlags) -> (Shortcut, Shortcut) {
+    pub(super) fn of(fd: &OwnedFd, flags: OFlags) -> Shortcut {
         let regular = rustix::fs::fstat(fd)
             .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
-        if regular && !flags.contains(OFlags::DIRECT) {
-            (Shortcut::Nowait, Shortcut::Nowait)
+        if regular && !flags.intersects(OFlags::DIRECT | OFlags::SYNC | OFlags::DSYNC) {
+            Shortcut::Nowait { misses: 0, skip: 0 }
         } else {
-            (Shortcut::Never, Shortcut::Never)
+            Shortcut::Never
         }
     }
 }
 
-/// Tries a request at once. Returns what the kernel returned, or `None` if the engine is to be
-/// asked.
+/// Tries a request at once. Returns what the kernel returned (a count, or a negated errno), or
+/// `None` if the engine is to be asked.
 pub(super) fn attempt(request: &Request) -> Option<i32> {
     let file = request.file.opened();
     let shortcut = match request.kind {
@@ -37,26 +68,76 @@ pub(super) fn attempt(request: &Request) -> Option<i32> {
         Kind::Write => &file.writes,
         _ => return None,
     };
-    if shortcut.get() == Shortcut::Never {
+    let len = request.left();
+    if len > MAX_LEN {
         return None;
     }
-    let iov = request.iovecs();
-    let fd = request.file.as_raw_fd();
-    let offset = i64::try_from(request.offset).ok()?;
-    // SAFETY: the pieces are mapped, for the request owns their segments.
-    let count = unsafe {
-        match request.kind {
-            Kind::Read => {
-                libc::preadv2(fd, iov.as_ptr(), iov.len() as i32, offset, libc::RWF_NOWAIT)
+    match shortcut.get() {
+        Shortcut::Never => None,
+        Shortcut::Nowait { misses, skip: 0 } => {
+            let result = transfer(request, libc::RWF_NOWAIT);
+            let (next, result) = match -result {
+                libc::EOPNOTSUPP => (Shortcut::PLAIN, None),
+                libc::EAGAIN => {
+                    let misses = (misses + 1).min(6);
+                    let skip = (1 << misses) - 1;
+                    (Shortcut::Nowait { misses, skip }, None)
+                }
+                // Nothing is cached at the end of the file: the engine knows for certain.
+                0 => (Shortcut::Nowait { misses, skip: 0 }, None),
+                _ => (Shortcut::Nowait { misses: 0, skip: 0 }, Some(result)),
+            };
+            shortcut.set(next);
+            match next {
+                Shortcut::Timed { .. } => attempt(request),
+                _ => result,
             }
-            _ => libc::pwritev2(fd, iov.as_ptr(), iov.len() as i32, offset, libc::RWF_NOWAIT),
+        }
+        Shortcut::Nowait { misses, skip } => {
+            let skip = skip - 1;
+            shortcut.set(Shortcut::Nowait { misses, skip });
+            None
+        }
+        Shortcut::Timed { after, watch } => {
+            let start = Instant::now();
+            if after.is_some_and(|after| start < after) {
+                return None;
+            }
+            let result = transfer(request, 0);
+            let took = start.elapsed();
+            let held_up = took > PROMPT + Duration::from_nanos(len as u64);
+            shortcut.set(match (held_up, watch) {
+                (false, watch) => Shortcut::Timed {
+                    after: None,
+                    watch: watch.saturating_sub(1),
+                },
+                (true, 0) => Shortcut::Timed {
+                    after: None,
+                    watch: WATCH,
+                },
+                (true, _) => Shortcut::Timed {
+                    after: Some(start + took * (REST + 1)),
+                    watch: WATCH,
+                },
+            });
+            Some(result)
+        }
+    }
+}
+
+fn transfer(request: &Request, flags: i32) -> i32 {
+    let (fd, iov) = (request.file.as_raw_fd(), request.iovecs());
+    let Ok(offset) = i64::try_from(request.offset) else {
+        return -libc::EINVAL;
+    };
+    let (pointer, count) = (iov.as_ptr(), iov.len() as i32);
+    // SAFETY: the pieces are mapped, for the request owns their segments, and `iov` outlives
+    // the call.
+    let result = unsafe {
+        match request.kind {
+            Kind::Read => libc::preadv2(fd, pointer, count, offset, flags),
+            _ => libc::pwritev2(fd, pointer, count, offset, flags),
         }
     };
-    if count > 0 {
-        return i32::try_from(count).ok();
-    }
-    if count < 0 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP) {
-        shortcut.set(Shortcut::Never);
-    }
-    None
+    super::pool::negated(result)
 }

@@ -104,6 +104,29 @@ struct Slot {
     waker: Waker,
 }
 
+/// Tasks that were ready at one time.
+struct Batch<'a> {
+    tasks: &'a Tasks,
+    list: Vec<u32>,
+    next: usize,
+}
+
+impl Batch<'_> {
+    fn next(&mut self) -> Option<u32> {
+        let index = self.list.get(self.next)?;
+        self.next += 1;
+        Some(*index)
+    }
+}
+
+impl Drop for Batch<'_> {
+    fn drop(&mut self) {
+        // After a panic of one task the others are still ready.
+        lock(&self.tasks.ready.tasks).extend(self.list.drain(..).skip(self.next));
+        *self.tasks.batch.borrow_mut() = mem::take(&mut self.list);
+    }
+}
+
 /// All tasks of a ring.
 pub(super) struct Tasks {
     slots: RefCell<Vec<Slot>>,
@@ -161,11 +184,14 @@ impl Tasks {
     /// Runs every task that is ready now, once. `before` is called before each. Returns whether
     /// the root future is ready, and whether any task ran.
     pub(super) fn run(&self, before: impl Fn()) -> (bool, bool) {
-        let mut batch = mem::take(&mut *self.batch.borrow_mut());
-        mem::swap(&mut batch, &mut lock(&self.ready.tasks));
+        let mut batch = Batch {
+            tasks: self,
+            list: mem::take(&mut *self.batch.borrow_mut()),
+            next: 0,
+        };
+        mem::swap(&mut batch.list, &mut lock(&self.ready.tasks));
         let mut root = false;
-        let any = !batch.is_empty();
-        for index in batch.drain(..) {
+        while let Some(index) = batch.next() {
             if index == ROOT {
                 self.root.queued.store(false, Ordering::Release);
                 root = true;
@@ -174,8 +200,7 @@ impl Tasks {
                 self.poll(index);
             }
         }
-        *self.batch.borrow_mut() = batch;
-        (root, any)
+        (root, batch.next > 0)
     }
 
     fn poll(&self, index: u32) {
