@@ -1,6 +1,11 @@
 //! Virtio devices (virtio 1.3). A device implements [`Device`]; a transport drives it.
 
+pub mod blk;
+mod chain;
 pub mod pci;
+mod queue;
+#[cfg(test)]
+mod testing;
 
 use std::io;
 use std::sync::Arc;

@@ -1,0 +1,327 @@
+//! One request's way on the disk's thread: taken from a virtqueue, checked, carried out by the
+//! image, its status written, given back.
+
+use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::future::poll_fn;
+use std::io;
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::task::{Poll, Waker};
+
+use formats::{Disk, Segments};
+
+use super::features::SECTOR_SIZE;
+use super::request::{Range, Request, Rules, Status};
+use super::worker::{Cache, Gate, Serving, Worker};
+
+/// A head that was taken from a virtqueue.
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    /// Which of the virtqueues being served.
+    queue: usize,
+    head: u16,
+}
+
+/// A task that serves one request at a time, and then the next: no task is made per request.
+#[derive(Default)]
+pub(super) struct Slot {
+    job: Cell<Option<Job>>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl Slot {
+    async fn next(&self) -> Job {
+        poll_fn(|cx| match self.job.take() {
+            Some(job) => Poll::Ready(job),
+            None => {
+                match &mut *self.waker.borrow_mut() {
+                    Some(waker) => waker.clone_from(cx.waker()),
+                    none => *none = Some(cx.waker().clone()),
+                }
+                Poll::Pending
+            }
+        })
+        .await
+    }
+}
+
+/// Where the outcome of a request goes.
+struct Reply {
+    /// The final byte of the chain.
+    status: Segments,
+    /// The first byte before it that the device may write, if any.
+    first: Segments,
+    /// Number of bytes before the status.
+    len: usize,
+}
+
+impl Reply {
+    /// Takes the status byte off the device-writable part; the data is left. `None` if there is
+    /// no byte at all.
+    fn split_off(writable: &mut Segments) -> Option<Reply> {
+        let len = writable.len().checked_sub(1)?;
+        let data = writable.split_to(len);
+        let status = std::mem::replace(writable, data);
+        Some(Reply {
+            status,
+            first: writable.slice(0, 1),
+            len,
+        })
+    }
+
+    /// Writes the status after `written` bytes of data. Returns the used length: what was
+    /// written from the first device-writable byte on (section 2.7.8.2).
+    fn write(&self, status: Status, written: usize) -> u32 {
+        self.status.copy_from(&[status as u8]);
+        if written == self.len {
+            // A chain has 2^32 bytes at most, 16 of them the header.
+            return u32::try_from(written + 1).unwrap_or(u32::MAX);
+        }
+        // The status lies behind data that was not written, so it does not count. A driver may
+        // yet take 0 for a request that the device never looked at: one byte it shall be.
+        if written == 0 {
+            self.first.fill(0);
+        }
+        u32::try_from(written.max(1)).unwrap_or(u32::MAX)
+    }
+}
+
+impl Worker {
+    /// Called before the thread sleeps: tells the driver of what was used, and looks for more.
+    pub(super) fn idle(self: &Rc<Self>) {
+        let mut serving = self.serving.borrow_mut();
+        let Some(serving) = serving.as_mut() else {
+            return;
+        };
+        for index in 0..serving.queues.len() {
+            match serving.queues[index].signal() {
+                Ok(sent) => self.shared.counters.interrupts.add(u64::from(sent)),
+                Err(error) => self.break_off(serving, &error),
+            }
+            self.take_from(serving, index);
+        }
+    }
+
+    /// Takes what is available in a virtqueue.
+    pub(super) fn take(self: &Rc<Self>, index: usize) {
+        if let Some(serving) = &mut *self.serving.borrow_mut() {
+            self.take_from(serving, index);
+        }
+    }
+
+    fn take_from(self: &Rc<Self>, serving: &mut Serving, index: usize) {
+        if serving.broken || self.gate.get() != Gate::Open {
+            return;
+        }
+        let taken = serving.queues[index].take(|head| self.dispatch(Job { queue: index, head }));
+        if let Err(error) = taken {
+            self.break_off(serving, &error);
+        }
+    }
+
+    /// Gives a job to a slot that has none, or to a new one.
+    fn dispatch(self: &Rc<Self>, job: Job) {
+        self.in_flight.set(self.in_flight.get() + 1);
+        let slot = self.free.borrow_mut().pop();
+        let slot = slot.unwrap_or_else(|| {
+            let slot = Rc::new(Slot::default());
+            self.ring.spawn(Rc::clone(self).slot(Rc::clone(&slot)));
+            slot
+        });
+        slot.job.set(Some(job));
+        if let Some(waker) = &*slot.waker.borrow() {
+            waker.wake_by_ref();
+        }
+    }
+
+    async fn slot(self: Rc<Self>, slot: Rc<Slot>) {
+        loop {
+            let job = slot.next().await;
+            let len = self.serve(job).await;
+            self.give_back(job, len);
+            self.free.borrow_mut().push(Rc::clone(&slot));
+        }
+    }
+
+    /// Serves one request; returns its used length.
+    async fn serve(&self, job: Job) -> u32 {
+        let (request, reply, durable) = match self.accept(job) {
+            Ok(accepted) => accepted,
+            Err(len) => return len,
+        };
+        match self.execute(request, durable).await {
+            Ok(written) => reply.write(Status::Ok, written),
+            Err(failure) => {
+                self.failed(&failure);
+                reply.write(Status::IoErr, 0)
+            }
+        }
+    }
+
+    /// Reads and checks the request of a job. The third value is whether a write must be durable
+    /// before it completes. Fails with the used length of a request that is answered already.
+    fn accept(&self, job: Job) -> Result<(Request, Reply, bool), u32> {
+        let serving = self.serving.borrow();
+        let Some(serving) = serving.as_ref() else {
+            return Err(0);
+        };
+        let chain = serving.queues[job.queue].chain(job.head, &mut self.scratch.borrow_mut());
+        let mut chain = chain.map_err(|broken| {
+            self.refused(broken.reason, &"a descriptor chain");
+            let status = broken
+                .last
+                .map(|last| last.copy_from(&[Status::IoErr as u8]));
+            u32::from(status.is_some())
+        })?;
+        let Some(reply) = Reply::split_off(&mut chain.writable) else {
+            self.refused("there is no byte for the status", &"a descriptor chain");
+            return Err(0);
+        };
+        let rules = Rules {
+            profile: &self.profile,
+            features: serving.features,
+            capacity: self.shared.size.load(Ordering::Relaxed) / SECTOR_SIZE,
+        };
+        match Request::parse(chain.readable, chain.writable, &rules) {
+            Ok(request) => {
+                let durable = match serving.cache {
+                    Cache::WriteBack => false,
+                    Cache::WriteThrough => true,
+                    Cache::Configurable => !self.shared.writeback.load(Ordering::Acquire),
+                };
+                Ok((request, reply, durable))
+            }
+            Err(refused) => {
+                self.refused(refused.reason, &refused.header);
+                Err(reply.write(refused.status, 0))
+            }
+        }
+    }
+
+    /// Carries out a request; returns the number of bytes written to its data.
+    async fn execute(&self, request: Request, durable: bool) -> Result<usize, Failure> {
+        let counters = &self.shared.counters;
+        let disk = self.disk().map_err(Failure::of("open", 0, 0))?;
+        match request {
+            Request::In { offset, to } => {
+                let len = to.len();
+                if len > 0 {
+                    let read = disk.read(offset, to).await;
+                    read.map_err(Failure::of("read", offset, len as u64))?;
+                }
+                counters.reads.add(1);
+                counters.read_bytes.add(len as u64);
+                return Ok(len);
+            }
+            Request::Out { offset, from } => {
+                let len = from.len() as u64;
+                if len > 0 {
+                    let written = disk.write(offset, from).await;
+                    written.map_err(Failure::of("write", offset, len))?;
+                }
+                self.harden(&**disk, durable).await?;
+                counters.writes.add(1);
+                counters.written_bytes.add(len);
+            }
+            Request::Flush => {
+                self.harden(&**disk, true).await?;
+                counters.flushes.add(1);
+            }
+            Request::GetId { to } => return Ok(to.copy_from(&self.id)),
+            Request::Discard(ranges) => {
+                for Range { offset, len, .. } in ranges {
+                    if len > 0 {
+                        let discarded = disk.discard(offset, len).await;
+                        discarded.map_err(Failure::of("discard", offset, len))?;
+                    }
+                }
+                counters.discards.add(1);
+            }
+            Request::WriteZeroes(ranges) => {
+                for Range { offset, len, unmap } in ranges {
+                    if len > 0 {
+                        let zeroed = disk.write_zeroes(offset, len, unmap).await;
+                        zeroed.map_err(Failure::of("write zeroes", offset, len))?;
+                    }
+                }
+                self.harden(&**disk, durable).await?;
+                counters.write_zeroes.add(1);
+            }
+        }
+        Ok(0)
+    }
+
+    /// Makes what was written durable, if it has to be.
+    async fn harden(&self, disk: &dyn Disk, durable: bool) -> Result<(), Failure> {
+        if !durable {
+            return Ok(());
+        }
+        disk.flush().await.map_err(Failure::of("flush", 0, 0))
+    }
+
+    fn give_back(&self, job: Job, len: u32) {
+        if let Some(serving) = &mut *self.serving.borrow_mut()
+            && let Err(error) = serving.queues[job.queue].give_back(job.head, len)
+        {
+            self.break_off(serving, &error);
+        }
+        self.in_flight.set(self.in_flight.get() - 1);
+        self.ended();
+    }
+
+    /// The rings make no sense: nothing is taken any more until the driver resets the device.
+    pub(super) fn break_off(&self, serving: &mut Serving, why: &dyn fmt::Display) {
+        if !std::mem::replace(&mut serving.broken, true) {
+            tracing::warn!(disk = self.name, "device needs reset: {why}");
+            serving.interrupt.needs_reset();
+        }
+    }
+
+    /// Logs a request that got no further than its checks.
+    fn refused(&self, reason: &str, what: &dyn fmt::Display) {
+        self.shared.counters.refused.add(1);
+        if let Some(held_back) = self.guest_errors.pass() {
+            tracing::warn!(disk = self.name, held_back, "guest error: {reason}: {what}");
+        }
+    }
+
+    /// Logs a request that failed on the host.
+    fn failed(&self, failure: &Failure) {
+        self.shared.counters.host_errors.add(1);
+        if let Some(held_back) = self.host_errors.pass() {
+            let Failure {
+                op,
+                offset,
+                len,
+                error,
+            } = failure;
+            tracing::error!(
+                disk = self.name,
+                offset,
+                len,
+                held_back,
+                "{op} failed: {error}"
+            );
+        }
+    }
+}
+
+/// A request that failed on the host.
+struct Failure {
+    op: &'static str,
+    offset: u64,
+    len: u64,
+    error: io::Error,
+}
+
+impl Failure {
+    fn of(op: &'static str, offset: u64, len: u64) -> impl FnOnce(io::Error) -> Failure {
+        move |error| Failure {
+            op,
+            offset,
+            len,
+            error,
+        }
+    }
+}

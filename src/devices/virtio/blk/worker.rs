@@ -1,0 +1,354 @@
+//! The thread of one disk: it opens the image, serves all virtqueues on one ring, and closes the
+//! image at the end.
+
+use std::cell::{Cell, OnceCell, RefCell};
+use std::future::poll_fn;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, SyncSender};
+use std::task::{Poll, Waker};
+
+use formats::{Disk, File, OpenError, Ring};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+
+use super::features::{Profile, has};
+use super::serve::Slot;
+use super::{BlkOptions, Shared};
+use crate::devices::GuestMemory;
+use crate::devices::throttle::Throttle;
+use crate::devices::virtio::chain::Scratch;
+use crate::devices::virtio::queue::Virtqueue;
+use crate::devices::virtio::{Activation, Interrupt};
+
+/// What other threads ask of a disk's thread. It answers when it is done; an answer that never
+/// comes, because the thread is gone, is an error at the other end.
+pub(super) enum Command {
+    /// Serves the virtqueues.
+    Activate(Activation, SyncSender<io::Result<()>>),
+    /// Stops serving, once no request is in flight.
+    Reset(SyncSender<()>),
+    /// Changes the size of the image, in bytes.
+    Resize(u64, SyncSender<io::Result<()>>),
+    /// Stops serving, closes the image and ends the thread.
+    Close,
+}
+
+/// How the cache mode follows from the negotiated features (section 5.2.6.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cache {
+    /// A write is durable when it completes.
+    WriteThrough,
+    /// A write is durable when a flush after it completes.
+    WriteBack,
+    /// As the field `writeback` in the configuration space says.
+    Configurable,
+}
+
+/// What the driver set up: there from activation to reset.
+pub(super) struct Serving {
+    pub(super) queues: Vec<Virtqueue>,
+    pub(super) features: u64,
+    pub(super) cache: Cache,
+    pub(super) interrupt: Arc<dyn Interrupt>,
+    /// A virtqueue is broken: nothing is taken any more.
+    pub(super) broken: bool,
+    /// What the driver's notifications signal.
+    kicks: Vec<File>,
+}
+
+/// Whether requests are taken from the virtqueues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Gate {
+    #[default]
+    Open,
+    /// Not now: a resize waits for the requests in flight.
+    Paused,
+    /// Not any more: a reset waits for them.
+    Shut,
+}
+
+/// The state of a disk's thread.
+pub(super) struct Worker {
+    pub(super) ring: Ring,
+    /// There until the image is closed. A request in flight holds it too.
+    disk: RefCell<Option<Rc<Box<dyn Disk>>>>,
+    pub(super) name: String,
+    pub(super) profile: Profile,
+    pub(super) id: [u8; 20],
+    pub(super) shared: Arc<Shared>,
+    pub(super) serving: RefCell<Option<Serving>>,
+    pub(super) scratch: RefCell<Scratch>,
+    pub(super) guest_errors: Throttle,
+    pub(super) host_errors: Throttle,
+    pub(super) gate: Cell<Gate>,
+    /// Slots without a job.
+    pub(super) free: RefCell<Vec<Rc<Slot>>>,
+    /// Requests taken and not given back.
+    pub(super) in_flight: Cell<usize>,
+    /// Tasks that wait for notifications.
+    listeners: Cell<usize>,
+    /// Woken when a request or a task comes to its end.
+    waiter: RefCell<Option<Waker>>,
+}
+
+/// Opens the image, reports through `opened`, and serves until it is told to close.
+pub(super) fn run(
+    options: &BlkOptions,
+    shared: &Arc<Shared>,
+    commands: Receiver<Command>,
+    wake: File,
+    opened: SyncSender<Result<Profile, OpenError>>,
+) -> io::Result<()> {
+    let ring = match Ring::new(options.engine) {
+        Ok(ring) => ring,
+        Err(error) => {
+            let _ = opened.send(Err(OpenError {
+                message: format!("no I/O engine for `{}`: {error}", options.path()),
+                help: Some("see `launcher doctor`".into()),
+                key: "path",
+            }));
+            return Ok(());
+        }
+    };
+    let current: OnceCell<Rc<Worker>> = OnceCell::new();
+    let root = async {
+        let worker = match Worker::open(options, &ring, shared).await {
+            Ok(worker) => Rc::clone(current.get_or_init(|| Rc::new(worker))),
+            Err(error) => {
+                let _ = opened.send(Err(error));
+                return Ok(());
+            }
+        };
+        // Whoever opened the disk may have given up waiting: then the next command says so.
+        let _ = opened.send(Ok(worker.profile));
+        drop(opened);
+        let served = worker.obey(&commands, &wake).await;
+        let closed = worker.close().await;
+        served.and(closed)
+    };
+    ring.block_on(root, || {
+        if let Some(worker) = current.get() {
+            worker.idle();
+        }
+    })
+}
+
+impl Worker {
+    async fn open(
+        options: &BlkOptions,
+        ring: &Ring,
+        shared: &Arc<Shared>,
+    ) -> Result<Worker, OpenError> {
+        let image = &options.image;
+        let disk = (options.format.open)(ring, image).await?;
+        let size = disk.size();
+        if !size.is_multiple_of(u64::from(image.block_size)) {
+            return Err(OpenError {
+                message: format!(
+                    "`{}` has {size} bytes, expected a multiple of `block_size`, {}",
+                    options.path(),
+                    image.block_size
+                ),
+                help: Some("choose a smaller `block_size`, or grow the image".into()),
+                key: "block_size",
+            });
+        }
+        shared.size.store(size, Ordering::Release);
+        let mut id = [0; 20];
+        for (to, from) in id
+            .iter_mut()
+            .zip(options.id.iter().flat_map(|id| id.bytes()))
+        {
+            *to = from;
+        }
+        Ok(Worker {
+            ring: ring.clone(),
+            name: options.path().to_string(),
+            profile: Profile {
+                block_size: image.block_size,
+                ro: image.ro,
+                sparse: image.sparse,
+                queues: options.queues,
+                limits: disk.limits(),
+            },
+            disk: RefCell::new(Some(Rc::new(disk))),
+            id,
+            shared: Arc::clone(shared),
+            serving: RefCell::default(),
+            scratch: RefCell::default(),
+            guest_errors: Throttle::default(),
+            host_errors: Throttle::default(),
+            gate: Cell::default(),
+            free: RefCell::default(),
+            in_flight: Cell::default(),
+            listeners: Cell::default(),
+            waiter: RefCell::default(),
+        })
+    }
+
+    /// The open image.
+    pub(super) fn disk(&self) -> io::Result<Rc<Box<dyn Disk>>> {
+        let disk = self.disk.borrow();
+        disk.clone()
+            .ok_or_else(|| io::Error::other("the image is closed"))
+    }
+
+    /// Carries out commands until there are none to come.
+    async fn obey(self: &Rc<Self>, commands: &Receiver<Command>, wake: &File) -> io::Result<()> {
+        let result = loop {
+            if let Err(error) = self.ring.read_eventfd(wake).await {
+                break Err(error);
+            }
+            let mut close = false;
+            for command in commands.try_iter() {
+                match command {
+                    Command::Activate(activation, answer) => {
+                        let _ = answer.send(self.activate(activation));
+                    }
+                    Command::Reset(answer) => {
+                        self.reset().await;
+                        let _ = answer.send(());
+                    }
+                    Command::Resize(size, answer) => {
+                        let _ = answer.send(self.resize(size).await);
+                    }
+                    Command::Close => close = true,
+                }
+            }
+            if close {
+                break Ok(());
+            }
+        };
+        self.reset().await;
+        result
+    }
+
+    fn activate(self: &Rc<Self>, activation: Activation) -> io::Result<()> {
+        let Activation {
+            memory,
+            features,
+            queues,
+            interrupt,
+        } = activation;
+        if self.serving.borrow().is_some() {
+            return Err(io::Error::other("the device is active already"));
+        }
+        // A clone shares the mappings; an `Rc` spares each request an atomic counter.
+        let memory = Rc::new(GuestMemory::clone(&memory));
+        let mut serving = Serving {
+            queues: Vec::with_capacity(queues.len()),
+            features,
+            kicks: Vec::with_capacity(queues.len()),
+            cache: if has(features, VIRTIO_BLK_F_CONFIG_WCE) {
+                Cache::Configurable
+            } else if has(features, VIRTIO_BLK_F_FLUSH) {
+                Cache::WriteBack
+            } else {
+                Cache::WriteThrough
+            },
+            interrupt,
+            broken: false,
+        };
+        for active in queues {
+            let (queue, kick) = Virtqueue::new(active, &memory, features, &serving.interrupt)?;
+            serving.queues.push(queue);
+            serving.kicks.push(kick.into());
+        }
+        for (index, kick) in serving.kicks.iter().enumerate() {
+            self.listeners.set(self.listeners.get() + 1);
+            self.ring.spawn(Rc::clone(self).listen(index, kick.clone()));
+        }
+        *self.serving.borrow_mut() = Some(serving);
+        Ok(())
+    }
+
+    /// Ends what `activate` began: waits for the requests in flight.
+    async fn reset(&self) {
+        self.gate.set(Gate::Shut);
+        if let Some(serving) = &*self.serving.borrow() {
+            for kick in &serving.kicks {
+                // Fails only if the counter is full: then the listener is woken as well.
+                let _ = rustix::io::write(kick, &1u64.to_ne_bytes());
+            }
+        }
+        self.until(|worker| worker.in_flight.get() == 0 && worker.listeners.get() == 0)
+            .await;
+        *self.serving.borrow_mut() = None;
+        self.gate.set(Gate::Open);
+    }
+
+    async fn resize(&self, size: u64) -> io::Result<()> {
+        let refused = |message: String| Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        let block_size = self.profile.block_size;
+        if self.profile.ro {
+            return refused(format!(
+                "`{}` is read-only, it cannot be resized",
+                self.name
+            ));
+        }
+        if !self.profile.limits.resize {
+            return refused(format!("the format of `{}` cannot be resized", self.name));
+        }
+        if !size.is_multiple_of(u64::from(block_size)) {
+            return refused(format!(
+                "the size {size} is no multiple of `block_size`, {block_size}"
+            ));
+        }
+        let disk = self.disk()?;
+        // No request that was checked against the old size may meet the new one.
+        self.gate.set(Gate::Paused);
+        self.until(|worker| worker.in_flight.get() == 0).await;
+        let result = disk.resize(size).await;
+        let old = self.shared.size.swap(disk.size(), Ordering::AcqRel);
+        self.gate.set(Gate::Open);
+        let interrupt = self.shared.interrupt().clone();
+        if let Some(interrupt) = interrupt.filter(|_| old != disk.size()) {
+            interrupt.config_changed();
+        }
+        result
+    }
+
+    async fn close(&self) -> io::Result<()> {
+        let disk = self.disk.borrow_mut().take().and_then(Rc::into_inner);
+        match disk {
+            Some(disk) => disk.close().await,
+            None => Err(io::Error::other("the image is in use")),
+        }
+    }
+
+    /// Waits until `done`, which is looked at whenever a request or a task has come to its end.
+    async fn until(&self, done: impl Fn(&Self) -> bool) {
+        poll_fn(|cx| {
+            if done(self) {
+                return Poll::Ready(());
+            }
+            *self.waiter.borrow_mut() = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Takes what is available in a virtqueue whenever the driver notifies, until reset.
+    async fn listen(self: Rc<Self>, queue: usize, kick: File) {
+        while self.gate.get() != Gate::Shut {
+            self.take(queue);
+            if let Err(error) = self.ring.read_eventfd(&kick).await {
+                if let Some(serving) = &mut *self.serving.borrow_mut() {
+                    self.break_off(serving, &format!("notifications cannot be read: {error}"));
+                }
+                break;
+            }
+        }
+        self.listeners.set(self.listeners.get() - 1);
+        self.ended();
+    }
+
+    /// A request or a task has come to its end.
+    pub(super) fn ended(&self) {
+        if let Some(waker) = self.waiter.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! A virtqueue as a device serves it (virtio 1.3 section 2.7).
+
+use std::fmt;
+use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT,
+};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::chain::{BrokenChain, Chain, DescriptorTable, Scratch};
+use super::{ActiveQueue, Interrupt};
+use crate::devices::GuestMemory;
+
+/// A virtqueue that is being served, by one thread.
+///
+/// Every head that [`Virtqueue::take`] hands out is given back once, with
+/// [`Virtqueue::give_back`].
+pub(crate) struct Virtqueue {
+    index: u16,
+    queue: Queue,
+    table: DescriptorTable,
+    /// Heads taken and not given back.
+    in_flight: u16,
+    /// Whether the driver notifies of the next available buffer.
+    notified: bool,
+    /// Whether used buffers wait for [`Virtqueue::signal`].
+    unsignalled: bool,
+    interrupt: Arc<dyn Interrupt>,
+}
+
+/// A virtqueue whose rings make no sense: nothing can be taken from it any more.
+#[derive(Debug)]
+pub(crate) struct BrokenRing(String);
+
+impl fmt::Display for BrokenRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl From<BrokenRing> for io::Error {
+    fn from(broken: BrokenRing) -> Self {
+        io::Error::other(broken.0)
+    }
+}
+
+impl From<virtio_queue::Error> for BrokenRing {
+    fn from(error: virtio_queue::Error) -> Self {
+        BrokenRing(error.to_string())
+    }
+}
+
+impl Virtqueue {
+    /// Serves the rings of `active`, with the features that were negotiated. The second value is
+    /// the eventfd that the driver's notifications signal. Fails if the rings are not inside
+    /// guest memory.
+    pub(crate) fn new(
+        active: ActiveQueue,
+        memory: &Rc<GuestMemory>,
+        features: u64,
+        interrupt: &Arc<dyn Interrupt>,
+    ) -> io::Result<(Self, OwnedFd)> {
+        let ActiveQueue {
+            index,
+            mut queue,
+            kick,
+        } = active;
+        if !queue.is_valid::<GuestMemory>(memory) {
+            let message = format!("the rings of virtqueue {index} lie outside guest memory");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        let table = DescriptorTable {
+            memory: Rc::clone(memory),
+            address: GuestAddress(queue.desc_table()),
+            size: queue.size(),
+            longest: queue.max_size(),
+            indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
+        };
+        let virtqueue = Virtqueue {
+            index,
+            queue,
+            table,
+            in_flight: 0,
+            notified: false,
+            unsignalled: false,
+            interrupt: Arc::clone(interrupt),
+        };
+        // SAFETY: `into_raw_fd` gives the descriptor away, and nobody else has it.
+        let kick = unsafe { OwnedFd::from_raw_fd(kick.into_raw_fd()) };
+        Ok((virtqueue, kick))
+    }
+
+    /// Takes every chain that the driver has made available and passes its head to `take`;
+    /// returns whether there was one. If there was none, the driver notifies of the next.
+    ///
+    /// While chains come, notifications stay off: the caller comes back before it sleeps.
+    /// Bounded by the queue size, whatever the driver does meanwhile.
+    pub(crate) fn take(&mut self, mut take: impl FnMut(u16)) -> Result<bool, BrokenRing> {
+        let memory: &GuestMemory = &self.table.memory;
+        let before = self.queue.next_avail();
+        loop {
+            let (size, in_flight) = (self.table.size, &mut self.in_flight);
+            for chain in self.queue.iter(memory)? {
+                let head = chain.head_index();
+                if head >= size {
+                    return Err(BrokenRing(format!(
+                        "the available ring names descriptor {head} of {size}"
+                    )));
+                }
+                if *in_flight == size {
+                    return Err(BrokenRing(format!(
+                        "more than {size} chains are in flight, the size of the virtqueue"
+                    )));
+                }
+                *in_flight += 1;
+                take(head);
+            }
+            if self.queue.next_avail() != before {
+                if std::mem::take(&mut self.notified) {
+                    self.queue.disable_notification(memory)?;
+                }
+                return Ok(true);
+            }
+            if self.notified {
+                return Ok(false);
+            }
+            self.notified = true;
+            if !self.queue.enable_notification(memory)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Walks the chain of a head that was taken.
+    pub(crate) fn chain(&self, head: u16, scratch: &mut Scratch) -> Result<Chain, BrokenChain> {
+        self.table.walk(head, scratch)
+    }
+
+    /// Puts a head into the used ring. `len` is the number of bytes that were written from the
+    /// first device-writable byte on.
+    pub(crate) fn give_back(&mut self, head: u16, len: u32) -> Result<(), BrokenRing> {
+        let memory: &GuestMemory = &self.table.memory;
+        self.queue.add_used(memory, head, len)?;
+        self.in_flight -= 1;
+        self.unsignalled = true;
+        Ok(())
+    }
+
+    /// Interrupts the driver if buffers were used since the last call and it wants to know.
+    /// Returns whether it was interrupted.
+    pub(crate) fn signal(&mut self) -> Result<bool, BrokenRing> {
+        if !std::mem::take(&mut self.unsignalled) {
+            return Ok(false);
+        }
+        let memory: &GuestMemory = &self.table.memory;
+        let wanted = if self.queue.event_idx_enabled() {
+            self.queue.needs_notification(memory)?
+        } else {
+            // The used index must be visible before the flags are read: a driver that has just
+            // cleared them looks at the index next (section 2.7.7).
+            fence(Ordering::SeqCst);
+            let flags: u16 = memory
+                .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            u16::from_le(flags) & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0
+        };
+        if wanted {
+            self.interrupt.queue(self.index);
+        }
+        Ok(wanted)
+    }
+}
