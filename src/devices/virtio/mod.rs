@@ -4,6 +4,7 @@ pub mod blk;
 mod chain;
 pub mod pci;
 mod queue;
+pub mod rng;
 #[cfg(test)]
 mod testing;
 
