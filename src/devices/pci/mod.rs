@@ -50,17 +50,6 @@ pub struct PciAddress {
     pub function: u8,
 }
 
-impl PciAddress {
-    /// Where device `index` goes, counted from 0: first one function in each slot, then the
-    /// second functions, so that addresses stay the same when a device is added at the end.
-    pub fn of(index: usize) -> Option<PciAddress> {
-        (index < MAX_DEVICES).then_some(PciAddress {
-            slot: (1 + index % SLOTS) as u8,
-            function: (index / SLOTS) as u8,
-        })
-    }
-}
-
 impl fmt::Display for PciAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "00:{:02x}.{}", self.slot, self.function)
@@ -70,8 +59,13 @@ impl fmt::Display for PciAddress {
 /// The bus: a host bridge in slot 0 and the devices, in the order they were added.
 ///
 /// Built before the vCPUs start; then shared, without a lock, by [`ConfigPorts`] and [`Window`].
+///
+/// A kernel that walks the bus slot by slot, and each slot function by function, meets the
+/// devices in that order: it names disks by it.
 pub struct PciBus {
     bridge: ConfigSpace,
+    /// How many functions a slot has: one, unless there are more devices than slots.
+    functions: usize,
     devices: Vec<Arc<dyn PciDevice>>,
     window: Range<u64>,
     /// Where each device's BAR was put, rising; with the device's index.
@@ -79,20 +73,21 @@ pub struct PciBus {
 }
 
 impl PciBus {
-    /// An empty bus whose devices answer at the guest physical addresses `window`, which lies
+    /// An empty bus for `count` devices, which answer at the guest physical addresses `window`,
     /// below 4 GiB.
-    pub fn new(window: Range<u64>) -> Self {
-        // The bridge that configuration mechanism #1 came with: Intel's 440FX.
+    pub fn new(window: Range<u64>, count: usize) -> Self {
+        // QEMU's generic host bridge: kernels have no quirks for it.
         let bridge = ConfigSpace::new(&Identity {
-            vendor: 0x8086,
-            device: 0x1237,
-            revision: 2,
+            vendor: 0x1b36,
+            device: 0x0008,
+            revision: 0,
             class: 0x06_00_00,
             subsystem_vendor: 0,
             subsystem: 0,
         });
         PciBus {
             bridge,
+            functions: count.div_ceil(SLOTS).max(1),
             devices: Vec::new(),
             window,
             homes: Vec::new(),
@@ -105,9 +100,10 @@ impl PciBus {
     /// Fails if the bus or the window is full.
     pub fn add(&mut self, device: Arc<dyn PciDevice>) -> Result<PciAddress> {
         let index = self.devices.len();
-        let address = PciAddress::of(index).ok_or_else(|| {
+        let address = self.address(index).ok_or_else(|| {
+            let most = self.functions.min(FUNCTIONS) * SLOTS;
             Error::failed(format!(
-                "the machine has more than {MAX_DEVICES} PCI devices"
+                "the PCI bus has no place for more than {most} devices"
             ))
         })?;
         device.plug(address, self.window.clone());
@@ -147,10 +143,25 @@ impl PciBus {
         }
     }
 
+    /// Where device `index` goes, counted from 0.
+    fn address(&self, index: usize) -> Option<PciAddress> {
+        let (slot, function) = (1 + index / self.functions, index % self.functions);
+        (slot <= SLOTS && function < FUNCTIONS).then_some(PciAddress {
+            slot: slot as u8,
+            function: function as u8,
+        })
+    }
+
     fn device(&self, address: PciAddress) -> Option<&dyn PciDevice> {
-        let slot = usize::from(address.slot).checked_sub(1)?;
-        let index = usize::from(address.function) * SLOTS + slot;
-        self.devices.get(index).map(AsRef::as_ref)
+        let (slot, function) = (
+            usize::from(address.slot).checked_sub(1)?,
+            usize::from(address.function),
+        );
+        let index = slot * self.functions + function;
+        self.devices
+            .get(index)
+            .filter(|_| function < self.functions)
+            .map(AsRef::as_ref)
     }
 
     fn read_config(&self, address: PciAddress, offset: u8, data: &mut [u8]) {

@@ -134,7 +134,7 @@ impl Machine {
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_LEN)]).unwrap();
         let transport =
             VirtioPci::new(device.clone(), Arc::new(memory), hypervisor.clone()).unwrap();
-        let mut bus = PciBus::new(WINDOW);
+        let mut bus = PciBus::new(WINDOW, 1);
         bus.add(Arc::new(transport)).unwrap();
         let bus = Arc::new(bus);
         let mut machine = Machine {

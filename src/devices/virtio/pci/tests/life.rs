@@ -132,7 +132,7 @@ fn a_reset_does_not_hold_up_other_devices() {
     let memory = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_LEN)]).unwrap();
     let memory = Arc::new(memory);
     let slow = device(2, &[16]);
-    let mut bus = PciBus::new(WINDOW);
+    let mut bus = PciBus::new(WINDOW, 2);
     for device in [slow.clone(), device(2, &[16])] {
         let transport = VirtioPci::new(device, memory.clone(), hypervisor.clone());
         bus.add(Arc::new(transport.unwrap())).unwrap();
