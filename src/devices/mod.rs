@@ -3,6 +3,9 @@
 
 pub mod bus;
 pub mod pci;
+pub mod power;
+pub mod pvpanic;
+pub mod serial;
 mod throttle;
 pub mod virtio;
 
@@ -10,7 +13,7 @@ use std::io;
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// The guest's memory: one memfd, mapped in one or two regions (a hole lies below 4 GiB).
+/// The guest's memory, in one or two regions (a hole lies below 4 GiB).
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
 
 /// A device on the port I/O or memory-mapped I/O bus. Called by vCPU threads.
