@@ -7,6 +7,8 @@ pub mod cli;
 pub mod config;
 pub mod devices;
 mod error;
+pub mod exit;
+pub mod terminal;
 pub mod vm;
 
 pub use error::{Error, Result};

@@ -1,0 +1,53 @@
+//! The kernel command line that launcher generates.
+
+use crate::config::{ConsoleMode, Vm};
+
+/// The command line: the console if there is one, the root disk if one is marked, then the
+/// user's own, which wins because the kernel takes the last of two settings.
+pub(crate) fn generate(vm: &Vm) -> String {
+    let mut words = Vec::new();
+    if vm.console.mode != ConsoleMode::Off {
+        words.push("console=ttyS0".to_owned());
+    }
+    if let Some((index, root)) = vm.block.iter().enumerate().find(|(_, block)| block.root) {
+        let access = if root.ro { "ro" } else { "rw" };
+        words.push(format!("root=/dev/{} {access}", disk_name(index)));
+    }
+    if !vm.boot.cmdline.is_empty() {
+        words.push(vm.boot.cmdline.clone());
+    }
+    words.join(" ")
+}
+
+/// Name that Linux gives to virtio disk `index`: vda to vdz, then vdaa, as
+/// `virtblk_name_format` in drivers/block/virtio_blk.c counts.
+fn disk_name(index: usize) -> String {
+    let mut letters = Vec::new();
+    let mut rest = index;
+    loop {
+        letters.push(char::from(b'a' + (rest % 26) as u8));
+        match (rest / 26).checked_sub(1) {
+            Some(next) => rest = next,
+            None => break,
+        }
+    }
+    letters.push('d');
+    letters.push('v');
+    letters.iter().rev().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_named_as_linux_counts_them() {
+        let names = [0, 25, 26, 29, 51, 52, 701, 702].map(disk_name);
+        assert_eq!(
+            names,
+            [
+                "vda", "vdz", "vdaa", "vdad", "vdaz", "vdba", "vdzz", "vdaaa"
+            ]
+        );
+    }
+}

@@ -1,0 +1,219 @@
+//! Loading a kernel: bzImage by the Linux boot protocol's 64-bit entry, ELF by PVH.
+
+mod cmdline;
+mod linux;
+mod pvh;
+mod state;
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+
+use vm_memory::{Bytes, GuestAddress};
+
+pub(crate) use cmdline::generate as cmdline;
+pub(crate) use state::Entry;
+
+use super::layout::{self, HIGH_RAM, HOLE_START, LOW_RAM_END};
+use crate::config::Boot;
+use crate::devices::GuestMemory;
+use crate::{Error, Result};
+
+const PAGE: u64 = 4096;
+
+/// What the kernel is told besides its own file.
+pub(crate) struct Parameters<'a> {
+    /// Size of RAM in bytes.
+    pub(crate) memory_size: u64,
+    /// The whole command line.
+    pub(crate) cmdline: &'a str,
+    /// Where the ACPI tables' root pointer lies.
+    pub(crate) rsdp: u64,
+}
+
+/// Loads the kernel and its initrd, and returns where and how the first vCPU enters.
+pub(crate) fn load(
+    memory: &GuestMemory,
+    boot: &Boot,
+    parameters: &Parameters<'_>,
+) -> Result<Entry> {
+    let mut kernel = KernelFile::open(&boot.kernel)?;
+    match kernel.kind()? {
+        Kind::BzImage => linux::load(memory, kernel, boot.initrd.as_deref(), parameters),
+        Kind::Elf => pvh::load(memory, kernel, boot.initrd.as_deref(), parameters),
+    }
+}
+
+/// What a kernel file is, by its magic numbers.
+enum Kind {
+    BzImage,
+    Elf,
+}
+
+/// An open kernel file and its name for messages.
+struct KernelFile<'a> {
+    file: File,
+    path: &'a Path,
+}
+
+impl<'a> KernelFile<'a> {
+    fn open(path: &'a Path) -> Result<Self> {
+        Ok(KernelFile {
+            file: open("boot.kernel", path)?,
+            path,
+        })
+    }
+
+    /// An error about this file: `what` completes "the kernel PATH …".
+    fn bad(&self, what: &str) -> Error {
+        Error::usage(format!("`boot.kernel`: {} {what}", self.path.display()))
+    }
+
+    fn kind(&mut self) -> Result<Kind> {
+        // The boot sector's end and the magic of the setup header (Documentation/arch/x86/boot.rst).
+        const MAGIC_OFFSET: usize = 0x202;
+        let mut start = Vec::with_capacity(MAGIC_OFFSET + 4);
+        Read::by_ref(&mut self.file)
+            .take(MAGIC_OFFSET as u64 + 4)
+            .read_to_end(&mut start)
+            .and_then(|_| self.file.seek(SeekFrom::Start(0)))
+            .map_err(|error| self.bad(&format!("cannot be read: {error}")))?;
+        if start.starts_with(b"\x7fELF") {
+            Ok(Kind::Elf)
+        } else if start.get(MAGIC_OFFSET..) == Some(b"HdrS") {
+            Ok(Kind::BzImage)
+        } else {
+            let what = match start.get(..4) {
+                None => "is no kernel: it is too short",
+                Some(b"\x1f\x8b\x08\x00" | b"\x1f\x8b\x08\x08") => "is a gzip file, not a kernel",
+                Some(_) => "is no kernel: it is neither a bzImage nor an ELF file",
+            };
+            Err(self
+                .bad(what)
+                .help("give a bzImage (a distribution's /boot/vmlinuz-…) or an ELF vmlinux"))
+        }
+    }
+}
+
+/// Opens a regular file that the configuration names under `key`.
+fn open(key: &str, path: &Path) -> Result<File> {
+    let failed = |what: String| {
+        Error::usage(format!("`{key}`: cannot open {}: {what}", path.display()))
+            .help("paths in a VM's file are relative to that file")
+    };
+    // A FIFO without a writer would block the opening: it is opened without waiting and refused.
+    let flags =
+        rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, rustix::fs::Mode::empty())
+        .map(File::from)
+        .map_err(|error| failed(io::Error::from(error).to_string()))?;
+    let metadata = file.metadata().map_err(|error| failed(error.to_string()))?;
+    match metadata.is_file() {
+        true => Ok(file),
+        false if metadata.is_dir() => Err(failed("it is a directory".into())),
+        false => Err(failed("it is no regular file".into())),
+    }
+}
+
+/// Where RAM below the hole ends.
+fn low_ram_end(memory_size: u64) -> u64 {
+    memory_size.min(HOLE_START)
+}
+
+/// RAM as the guest may use it, as (start, length): not the first MiB's upper part.
+fn usable_ram(memory_size: u64) -> Vec<(u64, u64)> {
+    let mut usable = vec![(0, LOW_RAM_END)];
+    for (start, len) in super::memory::ranges(memory_size) {
+        let from = start.max(HIGH_RAM);
+        usable.push((from, (start + len).saturating_sub(from)));
+    }
+    usable
+}
+
+/// The error for memory that does not hold what must go into it.
+fn memory_too_small(memory_size: u64, needed: u64, what: &str) -> Error {
+    const MIB: u64 = 1 << 20;
+    Error::usage(format!(
+        "`memory` is {} MiB, {what} needs at least {} MiB",
+        memory_size / MIB,
+        needed.div_ceil(MIB)
+    ))
+    .help(format!(
+        "write memory = \"{}MiB\" or more",
+        needed.div_ceil(MIB).next_multiple_of(64)
+    ))
+}
+
+/// An initrd in guest memory.
+struct Initrd {
+    address: u64,
+    size: u64,
+}
+
+/// Loads the initrd as high as it may go, above the kernel that needs everything below
+/// `kernel_end`.
+fn load_initrd(
+    memory: &GuestMemory,
+    path: &Path,
+    kernel_end: u64,
+    address_max: u64,
+    memory_size: u64,
+) -> Result<Initrd> {
+    let mut file = open("boot.initrd", path)?;
+    let failed = |error: &dyn std::fmt::Display| {
+        Error::failed(format!(
+            "`boot.initrd`: cannot read {}: {error}",
+            path.display()
+        ))
+    };
+    let size = file.metadata().map_err(|error| failed(&error))?.len();
+    if size == 0 {
+        return Err(Error::usage(format!(
+            "`boot.initrd`: {} is empty",
+            path.display()
+        )));
+    }
+    let top = low_ram_end(memory_size).min(address_max.saturating_add(1));
+    let address = top.checked_sub(size).map(|address| address / PAGE * PAGE);
+    let address = address
+        .filter(|&address| address >= kernel_end)
+        .ok_or_else(|| {
+            memory_too_small(
+                memory_size,
+                kernel_end.saturating_add(size),
+                "the kernel with its initrd",
+            )
+        })?;
+    memory
+        .read_exact_volatile_from(GuestAddress(address), &mut file, size as usize)
+        .map_err(|error| failed(&error))?;
+    Ok(Initrd { address, size })
+}
+
+/// Writes the command line with its NUL. `limit` is the longest that the kernel takes.
+fn write_cmdline(memory: &GuestMemory, cmdline: &str, limit: usize) -> Result<()> {
+    if cmdline.len() > limit {
+        return Err(Error::usage(format!(
+            "the kernel command line is {} bytes, this kernel takes at most {limit}",
+            cmdline.len()
+        ))
+        .help("shorten `boot.cmdline`"));
+    }
+    let mut bytes = cmdline.as_bytes().to_vec();
+    bytes.push(0);
+    write(memory, &bytes, layout::CMDLINE)
+}
+
+/// Writes bytes at a place that the layout keeps free in any memory that we accept.
+fn write(memory: &GuestMemory, bytes: &[u8], address: u64) -> Result<()> {
+    memory
+        .write_slice(bytes, GuestAddress(address))
+        .map_err(|error| {
+            Error::failed(format!(
+                "cannot write guest memory at {address:#x}: {error}"
+            ))
+        })
+}
+
+#[cfg(test)]
+mod tests;

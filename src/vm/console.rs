@@ -1,0 +1,310 @@
+//! The serial console on standard input and output.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+
+/// Output that waits for a reader at most, in bytes; more is dropped, and the reader told.
+const OUTPUT_LIMIT: usize = 1 << 20;
+/// How long a lone byte waits for others: an interrupt's worth of output is written at once.
+const GATHER: Duration = Duration::from_millis(1);
+/// How much output is worth no wait.
+const ENOUGH: usize = 4096;
+/// How long the last output may take to be written without any progress.
+const LAST_OUTPUT: Duration = Duration::from_secs(2);
+
+/// The guest's output on its way to standard output and the log, written by a thread of its own
+/// so that a slow reader never holds up the guest.
+pub(crate) struct Output {
+    shared: Arc<Shared>,
+    thread: JoinHandle<()>,
+}
+
+/// The end that the serial port writes to. It never blocks.
+#[derive(Clone)]
+pub(crate) struct OutputSink(Arc<Shared>);
+
+struct Shared {
+    pending: Mutex<Pending>,
+    /// Signalled when output arrives, and when the end does.
+    arrived: Condvar,
+    /// Signalled when output is written, and when the thread ends.
+    written: Condvar,
+}
+
+#[derive(Default)]
+struct Pending {
+    bytes: VecDeque<u8>,
+    dropped: u64,
+    /// No more output will come.
+    closing: bool,
+    /// Bytes written so far, and whether all is.
+    progress: u64,
+    done: bool,
+}
+
+impl Output {
+    /// Starts writing to standard output (unless `quiet`) and to `log`.
+    pub(crate) fn start(log: Option<File>, quiet: bool) -> io::Result<Output> {
+        let shared = Arc::new(Shared {
+            pending: Mutex::default(),
+            arrived: Condvar::new(),
+            written: Condvar::new(),
+        });
+        let for_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("console".into())
+            .stack_size(128 << 10)
+            .spawn(move || {
+                for_thread.pump(Outlets {
+                    stdout: !quiet,
+                    log,
+                })
+            })?;
+        Ok(Output { shared, thread })
+    }
+
+    /// Where the serial port writes to.
+    pub(crate) fn sink(&self) -> OutputSink {
+        OutputSink(Arc::clone(&self.shared))
+    }
+
+    /// Writes what is pending and ends. A reader that takes nothing for two seconds is left.
+    pub(crate) fn close(self) {
+        let mut pending = self.shared.lock();
+        pending.closing = true;
+        self.shared.arrived.notify_one();
+        let mut progress = pending.progress;
+        let mut deadline = Instant::now() + LAST_OUTPUT;
+        while !pending.done {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                // The thread hangs in a write; it ends with the process.
+                return;
+            }
+            pending = match self.shared.written.wait_timeout(pending, left) {
+                Ok((pending, _)) => pending,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+            if pending.progress != progress {
+                progress = pending.progress;
+                deadline = Instant::now() + LAST_OUTPUT;
+            }
+        }
+        drop(pending);
+        // It is done; a panic in it has been reported.
+        let _ = self.thread.join();
+    }
+}
+
+impl Write for OutputSink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut pending = self.0.lock();
+        let room = OUTPUT_LIMIT - pending.bytes.len();
+        let (kept, dropped) = bytes.split_at(room.min(bytes.len()));
+        pending.dropped += dropped.len() as u64;
+        let wake = pending.bytes.is_empty() || pending.bytes.len() == ENOUGH;
+        pending.bytes.extend(kept);
+        drop(pending);
+        if wake {
+            self.0.arrived.notify_one();
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// Every change of the state is complete in itself, so a poisoned lock is taken all the same.
+    fn lock(&self) -> MutexGuard<'_, Pending> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pump(&self, mut outlets: Outlets) {
+        let mut batch = Vec::new();
+        while self.next_batch(&mut batch) {
+            outlets.write(&batch);
+            self.lock().progress += batch.len() as u64;
+            self.written.notify_one();
+        }
+        self.lock().done = true;
+        self.written.notify_one();
+    }
+
+    /// Waits for output and takes all there is; false once there will be none.
+    fn next_batch(&self, batch: &mut Vec<u8>) -> bool {
+        batch.clear();
+        let none_yet = |pending: &mut Pending| pending.bytes.is_empty() && !pending.closing;
+        let few = |pending: &mut Pending| pending.bytes.len() < ENOUGH && !pending.closing;
+        let pending = self
+            .arrived
+            .wait_while(self.lock(), none_yet)
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut pending = match self.arrived.wait_timeout_while(pending, GATHER, few) {
+            Ok((pending, _)) => pending,
+            Err(poisoned) => poisoned.into_inner().0,
+        };
+        let (front, back) = pending.bytes.as_slices();
+        batch.extend_from_slice(front);
+        batch.extend_from_slice(back);
+        pending.bytes.clear();
+        let dropped = std::mem::take(&mut pending.dropped);
+        if dropped > 0 {
+            let note = format!("\r\n[launcher: {dropped} bytes of console output dropped]\r\n");
+            batch.extend_from_slice(note.as_bytes());
+        }
+        !batch.is_empty()
+    }
+}
+
+/// Where the output goes. One that fails is given up; the other goes on.
+struct Outlets {
+    stdout: bool,
+    log: Option<File>,
+}
+
+impl Outlets {
+    fn write(&mut self, bytes: &[u8]) {
+        if self.stdout
+            && let Err(error) = write_stdout(bytes)
+        {
+            self.stdout = false;
+            tracing::debug!("console output has no reader any more: {error}");
+        }
+        if let Some(log) = &mut self.log
+            && let Err(error) = log.write_all(bytes)
+        {
+            self.log = None;
+            tracing::error!("`console.log` cannot be written any more: {error}");
+        }
+    }
+}
+
+/// Writes everything. Standard output may be non-blocking, by no doing of ours.
+fn write_stdout(mut bytes: &[u8]) -> io::Result<()> {
+    let stdout = rustix::stdio::stdout();
+    while !bytes.is_empty() {
+        match rustix::io::write(stdout, bytes) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => bytes = &bytes[written..],
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) => {
+                let mut ready = [PollFd::new(&stdout, PollFlags::OUT)];
+                match poll(&mut ready, None) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// What the user's keys ask for, besides being the guest's input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Hotkey {
+    /// Press the power button.
+    PowerButton,
+    /// End the VM.
+    End,
+}
+
+/// Finds `Ctrl-]` among the keys: once it presses the power button, twice within three seconds
+/// it ends the VM.
+#[derive(Default)]
+pub(crate) struct Hotkeys {
+    pressed: Option<Instant>,
+}
+
+impl Hotkeys {
+    const KEY: u8 = 0x1d;
+    const TWICE_WITHIN: Duration = Duration::from_secs(3);
+
+    /// Takes the hot key out of `input`, read at `now`.
+    pub(crate) fn take(&mut self, input: &mut Vec<u8>, now: Instant) -> Option<Hotkey> {
+        let before = input.len();
+        input.retain(|&byte| byte != Self::KEY);
+        let presses = before - input.len();
+        if presses == 0 {
+            return None;
+        }
+        let again = self
+            .pressed
+            .is_some_and(|then| now.duration_since(then) <= Self::TWICE_WITHIN);
+        self.pressed = Some(now);
+        Some(if again || presses > 1 {
+            Hotkey::End
+        } else {
+            Hotkey::PowerButton
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Seek};
+
+    use super::*;
+
+    #[test]
+    fn everything_written_before_the_close_is_in_the_log() {
+        let mut log = tempfile::tempfile().unwrap();
+        let output = Output::start(Some(log.try_clone().unwrap()), true).unwrap();
+        let mut sink = output.sink();
+        for line in 0..1000 {
+            write!(sink, "line {line}\r\n").unwrap();
+        }
+        output.close();
+        let mut text = String::new();
+        log.rewind().unwrap();
+        log.read_to_string(&mut text).unwrap();
+        assert_eq!(text.lines().count(), 1000);
+        assert!(text.ends_with("line 999\r\n"));
+    }
+
+    #[test]
+    fn output_without_a_reader_is_bounded_and_what_is_lost_is_counted() {
+        let shared = Arc::new(Shared {
+            pending: Mutex::default(),
+            arrived: Condvar::new(),
+            written: Condvar::new(),
+        });
+        let mut sink = OutputSink(Arc::clone(&shared));
+        for _ in 0..OUTPUT_LIMIT / 1000 + 2 {
+            assert_eq!(sink.write(&[b'x'; 1000]).unwrap(), 1000);
+        }
+        let dropped = (OUTPUT_LIMIT / 1000 + 2) * 1000 - OUTPUT_LIMIT;
+        assert_eq!(shared.lock().bytes.len(), OUTPUT_LIMIT);
+        let mut batch = Vec::new();
+        assert!(shared.next_batch(&mut batch));
+        let note = format!("[launcher: {dropped} bytes of console output dropped]\r\n");
+        assert!(String::from_utf8(batch).unwrap().ends_with(&note));
+    }
+
+    #[test]
+    fn one_hot_key_presses_the_button_and_two_within_three_seconds_end_the_vm() {
+        let (mut keys, start) = (Hotkeys::default(), Instant::now());
+        let mut press = |after: u64, keys_typed: &[u8]| {
+            let mut input = keys_typed.to_vec();
+            let hotkey = keys.take(&mut input, start + Duration::from_secs(after));
+            (hotkey, input)
+        };
+        assert_eq!(press(0, b"ls\r"), (None, b"ls\r".to_vec()));
+        assert_eq!(
+            press(0, b"a\x1db"),
+            (Some(Hotkey::PowerButton), b"ab".to_vec())
+        );
+        assert_eq!(press(4, b"\x1d"), (Some(Hotkey::PowerButton), vec![]));
+        assert_eq!(press(6, b"\x1d"), (Some(Hotkey::End), vec![]));
+        assert_eq!(press(20, b"\x1d\x1d"), (Some(Hotkey::End), vec![]));
+    }
+}

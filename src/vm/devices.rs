@@ -1,0 +1,99 @@
+//! The virtio devices of a VM: opened once, and plugged into every machine that it boots.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use formats::{Engine, Image};
+
+use super::machine::SharedDevice;
+use crate::config::{Block, Vm};
+use crate::devices::virtio::blk::{Blk, BlkOptions};
+use crate::devices::virtio::rng::Rng;
+use crate::{Error, Result};
+
+/// The devices, in the order of their PCI addresses: the entropy source, then the disks.
+pub(crate) struct Devices {
+    all: Vec<SharedDevice>,
+    disks: Vec<(String, Arc<Mutex<Blk>>)>,
+}
+
+impl Devices {
+    /// Opens what the configuration names.
+    pub(crate) fn open(config: &Vm, engine: Engine) -> Result<Devices> {
+        let rng = Arc::new(Mutex::new(Rng::new()));
+        let mut devices = Devices {
+            all: vec![rng],
+            disks: Vec::new(),
+        };
+        for (index, block) in config.block.iter().enumerate() {
+            let disk = open_disk(block, engine).map_err(|error| {
+                let place = format!("block {index} ({})", block.path.display());
+                let failed = Error::usage(format!("{place}: {}", error.message));
+                match error.help {
+                    Some(help) => failed.help(help),
+                    None => failed,
+                }
+            })?;
+            let disk = Arc::new(Mutex::new(disk));
+            devices.all.push(Arc::clone(&disk) as SharedDevice);
+            devices.disks.push((block.path.display().to_string(), disk));
+        }
+        Ok(devices)
+    }
+
+    /// All devices, to plug in.
+    pub(crate) fn all(&self) -> &[SharedDevice] {
+        &self.all
+    }
+
+    /// Flushes and closes all disks: every one, whatever happens to another.
+    pub(crate) fn close(self) -> Result<()> {
+        drop(self.all);
+        let mut failures = Vec::new();
+        for (path, disk) in self.disks {
+            let closed = match Arc::try_unwrap(disk) {
+                Ok(disk) => disk
+                    .into_inner()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .close(),
+                Err(_) => Err(std::io::Error::other("it is still plugged in")),
+            };
+            if let Err(error) = closed {
+                failures.push(format!("{path}: {error}"));
+            }
+        }
+        match failures.is_empty() {
+            true => Ok(()),
+            false => Err(
+                Error::failed(format!("cannot flush a disk: {}", failures.join("; ")))
+                    .help("what the guest wrote last may be lost; check the host's disk"),
+            ),
+        }
+    }
+}
+
+fn open_disk(block: &Block, engine: Engine) -> Result<Blk, formats::OpenError> {
+    let format = formats::find(&block.format).ok_or_else(|| formats::OpenError {
+        message: format!("format `{}` is not in this build", block.format),
+        help: Some("see `launcher formats`".into()),
+        key: "format",
+    })?;
+    let image = Image {
+        path: block.path.clone(),
+        ro: block.ro,
+        sparse: block.sparse,
+        o_direct: block.o_direct,
+        block_size: block.block_size,
+        lock: block.lock,
+        size: block.size,
+        backing: None,
+        format_written: block.format_written,
+        options: block.options.clone(),
+    };
+    Blk::open(BlkOptions {
+        image,
+        format,
+        id: block.id.clone(),
+        queues: block.queues,
+        engine,
+    })
+}

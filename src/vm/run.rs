@@ -1,0 +1,358 @@
+//! `launcher up`: the VM's life from its file to the exit code, on the calling thread.
+
+use std::fs::OpenOptions;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::Kvm;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+
+use super::UpOptions;
+use super::console::{Hotkey, Hotkeys, Output};
+use super::devices::Devices;
+use super::events::Outcome;
+use super::machine::{Loaded, Machine};
+use super::{host, memory, vcpu};
+use crate::config::{ConsoleMode, Lifecycle, OnReboot, Vm};
+use crate::exit;
+use crate::terminal::RawMode;
+use crate::{Error, Result};
+
+/// Boots the VM and stays with it to its end. Returns the exit code.
+pub fn run(config: &Vm, options: &UpOptions) -> Result<u8> {
+    host::refuse_hopeless_host(options.force)?;
+    let kvm = Kvm::new().map_err(|error| {
+        Error::failed(format!("cannot open /dev/kvm: {error}")).help("see `launcher doctor`")
+    })?;
+    vcpu::install_kick_handler()?;
+    // What can be wrong with the kernel comes before anything happens to a disk.
+    let memory = memory::allocate(config.memory)?;
+    let mut loaded = Some(Loaded::new(&kvm, config, Arc::clone(&memory))?);
+    let devices = Devices::open(config, options.engine)?;
+    let mut session = Session::new(config)?;
+
+    let ended = loop {
+        let loaded = match loaded.take() {
+            Some(loaded) => loaded,
+            None => {
+                memory::clear(&memory)?;
+                Loaded::new(&kvm, config, Arc::clone(&memory))?
+            }
+        };
+        let sink = session.output.as_ref().map(Output::sink);
+        let machine = loaded.start(devices.all(), sink)?;
+        let end = session.supervise(&machine);
+        machine.stop();
+        match end? {
+            End::Guest(Outcome::Reboot) if session.restarts() => {
+                tracing::info!("the guest reboots");
+            }
+            end => break end,
+        }
+    };
+    let closed = devices.close();
+    session.close();
+    let code = report(config, ended)?;
+    closed.map(|()| code)
+}
+
+/// How a machine's time ended.
+enum End {
+    /// By what the guest did, or what happened to it.
+    Guest(Outcome),
+    /// By the user, without the guest's consent: for this reason.
+    Forced(String),
+}
+
+/// The exit code, with a line for every end that is not the guest's own power-off or reboot.
+fn report(config: &Vm, end: End) -> Result<u8> {
+    let name = &config.name;
+    match end {
+        End::Guest(Outcome::PowerOff | Outcome::Reboot) => Ok(exit::DONE),
+        End::Guest(Outcome::Crash) => {
+            eprintln!("launcher: guest `{name}` crashed (triple fault)");
+            Ok(exit::GUEST_CRASH)
+        }
+        End::Guest(Outcome::Panic) => {
+            eprintln!("launcher: guest `{name}` panicked");
+            Ok(exit::GUEST_PANIC)
+        }
+        End::Guest(Outcome::Failed(why)) => Err(Error::failed(why)),
+        End::Forced(why) => Err(
+            Error::failed(format!("guest `{name}` was ended by force: {why}"))
+                .help("its disks are flushed, but it had no chance to unmount them"),
+        ),
+    }
+}
+
+/// What the user has in hand while the VM runs: signals, keys, the console's output.
+struct Session {
+    signals: UnixStream,
+    output: Option<Output>,
+    terminal: Option<RawMode>,
+    hotkeys: Hotkeys,
+    /// Read, but not taken by the guest yet.
+    input: Vec<u8>,
+    input_ended: bool,
+    /// The power button was pressed for the user; when it is this late, patience ends.
+    stopping: Option<Instant>,
+    lifecycle: Lifecycle,
+}
+
+impl Session {
+    fn new(config: &Vm) -> Result<Session> {
+        let failed = |what: &'static str| {
+            move |error: io::Error| Error::failed(format!("cannot {what}: {error}"))
+        };
+        let (signals, sender) = UnixStream::pair().map_err(failed("make a socket pair"))?;
+        signals
+            .set_nonblocking(true)
+            .map_err(failed("set up a socket pair"))?;
+        for signal in [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGCONT] {
+            // Each signal writes a byte of its own kind; the byte is what tells them apart.
+            let sender = sender.try_clone().map_err(failed("copy a socket"))?;
+            register(signal, sender).map_err(failed("catch signals"))?;
+        }
+        let log = match &config.console.log {
+            Some(path) => Some(
+                OpenOptions::new()
+                    .create(true)
+                    .append(true)
+                    .open(path)
+                    .map_err(|error| {
+                        Error::usage(format!(
+                            "`console.log`: cannot open {}: {error}",
+                            path.display()
+                        ))
+                    })?,
+            ),
+            None => None,
+        };
+        let (output, terminal) = match config.console.mode {
+            ConsoleMode::Stdio => {
+                let output = Output::start(log, false).map_err(failed("start a thread"))?;
+                (
+                    Some(output),
+                    RawMode::enter().map_err(failed("set up the terminal"))?,
+                )
+            }
+            ConsoleMode::Off => (None, None),
+        };
+        Ok(Session {
+            signals,
+            output,
+            terminal,
+            hotkeys: Hotkeys::default(),
+            input: Vec::new(),
+            input_ended: config.console.mode == ConsoleMode::Off,
+            stopping: None,
+            lifecycle: config.lifecycle.clone(),
+        })
+    }
+
+    /// Whether a reboot starts the next machine: not if the user is waiting for the end.
+    fn restarts(&self) -> bool {
+        self.lifecycle.on_reboot == OnReboot::Restart && self.stopping.is_none()
+    }
+
+    /// Stays with a machine to its end.
+    fn supervise(&mut self, machine: &Machine) -> Result<End> {
+        loop {
+            if let Some(outcome) = machine.events().outcome() {
+                return Ok(End::Guest(outcome));
+            }
+            if self
+                .stopping
+                .is_some_and(|deadline| Instant::now() >= deadline)
+            {
+                let waited = self.lifecycle.stop_timeout;
+                return Ok(End::Forced(format!(
+                    "it did not power off within {waited:?}"
+                )));
+            }
+            let ready = self.wait(machine)?;
+            if ready.signals
+                && let Some(end) = self.on_signals(machine)
+            {
+                return Ok(end);
+            }
+            if ready.room
+                && let Some(serial) = machine.serial()
+            {
+                let _ = serial.room().read();
+            }
+            if ready.keys
+                && let Some(end) = self.on_keys(machine)
+            {
+                return Ok(end);
+            }
+            self.feed(machine);
+        }
+    }
+
+    /// Sleeps until there is something to do.
+    fn wait(&self, machine: &Machine) -> Result<Ready> {
+        let stdin = rustix::stdio::stdin();
+        let (ended, signals) = (as_fd(machine.events().eventfd()), self.signals.as_fd());
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(ended, PollFlags::IN),
+            PollFd::from_borrowed_fd(signals, PollFlags::IN),
+        ];
+        let (mut room, mut keys) = (None, None);
+        if let Some(serial) = machine.serial() {
+            room = Some(fds.len());
+            fds.push(PollFd::from_borrowed_fd(
+                as_fd(serial.room()),
+                PollFlags::IN,
+            ));
+            // Input is read only while the guest can take it: a flood waits in the pipe.
+            if !self.input_ended && self.input.is_empty() && serial.capacity() > 0 {
+                keys = Some(fds.len());
+                fds.push(PollFd::from_borrowed_fd(stdin, PollFlags::IN));
+            }
+        }
+        let timeout = self
+            .stopping
+            .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        match poll(&mut fds, timeout.map(timespec).as_ref()) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
+            Err(error) => return Err(Error::failed(format!("cannot wait for the VM: {error}"))),
+        }
+        let ready = |index: usize| !fds[index].revents().is_empty();
+        Ok(Ready {
+            signals: ready(1),
+            room: room.is_some_and(ready),
+            keys: keys.is_some_and(ready),
+        })
+    }
+
+    fn on_signals(&mut self, machine: &Machine) -> Option<End> {
+        let mut bytes = [0; 64];
+        let count = self.signals.read(&mut bytes).unwrap_or(0);
+        for &signal in &bytes[..count] {
+            match i32::from(signal) {
+                SIGCONT => self.on_continue(),
+                SIGQUIT => return Some(End::Forced("SIGQUIT".into())),
+                signal if self.stopping.is_some() => {
+                    return Some(End::Forced(format!("a second {}", name(signal))));
+                }
+                signal => self.press(machine, name(signal)),
+            }
+        }
+        None
+    }
+
+    /// The process goes on after it was stopped: the shell has had the terminal meanwhile.
+    fn on_continue(&self) {
+        if let Some(terminal) = &self.terminal
+            && let Err(error) = terminal.apply()
+        {
+            tracing::warn!("cannot set up the terminal again: {error}");
+        }
+    }
+
+    fn on_keys(&mut self, machine: &Machine) -> Option<End> {
+        let room = machine
+            .serial()
+            .map_or(0, |serial| serial.capacity())
+            .min(64);
+        let mut buffer = [0; 64];
+        match rustix::io::read(rustix::stdio::stdin(), &mut buffer[..room]) {
+            // End of input; a terminal that is gone reports an error for good.
+            Ok(0) | Err(rustix::io::Errno::IO) => self.input_ended = true,
+            Ok(count) => self.input.extend_from_slice(&buffer[..count]),
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+            Err(error) => {
+                tracing::warn!("console input cannot be read any more: {error}");
+                self.input_ended = true;
+            }
+        }
+        // In a pipe or a file the byte is data like any other.
+        self.terminal.as_ref()?;
+        match self.hotkeys.take(&mut self.input, Instant::now())? {
+            Hotkey::End => Some(End::Forced("Ctrl-] twice".into())),
+            Hotkey::PowerButton => {
+                self.press(machine, "Ctrl-]");
+                None
+            }
+        }
+    }
+
+    /// Presses the power button for the user, and starts to lose patience.
+    fn press(&mut self, machine: &Machine, why: &str) {
+        tracing::info!("{why}: power button pressed");
+        if let Err(error) = machine.button().press() {
+            tracing::warn!("cannot press the power button: {error}");
+        }
+        let deadline = Instant::now() + self.lifecycle.stop_timeout;
+        self.stopping.get_or_insert(deadline);
+    }
+
+    /// Gives the guest what it can take of the input.
+    fn feed(&mut self, machine: &Machine) {
+        let Some(serial) = machine.serial() else {
+            return;
+        };
+        if self.input.is_empty() {
+            return;
+        }
+        match serial.input(&self.input) {
+            Ok(taken) => drop(self.input.drain(..taken)),
+            Err(error) => {
+                tracing::debug!("serial port takes no input: {error}");
+                self.input.clear();
+            }
+        }
+    }
+
+    /// Writes the last output and gives the terminal back.
+    fn close(self) {
+        if let Some(output) = self.output {
+            output.close();
+        }
+        drop(self.terminal);
+    }
+}
+
+/// What woke the thread up.
+#[derive(Default)]
+struct Ready {
+    signals: bool,
+    room: bool,
+    keys: bool,
+}
+
+/// Has the handler of `signal` write its number to `sender`.
+fn register(signal: i32, sender: UnixStream) -> io::Result<()> {
+    sender.set_nonblocking(true)?;
+    let action = move || {
+        // Full means that unread signals wait already.
+        let _ = rustix::io::write(&sender, &[signal as u8]);
+    };
+    // SAFETY: the action is async-signal-safe: it does nothing but one write(2) to a socket that
+    // it owns, without allocation or lock.
+    unsafe { signal_hook::low_level::register(signal, action) }?;
+    Ok(())
+}
+
+fn name(signal: i32) -> &'static str {
+    signal_hook::low_level::signal_name(signal).unwrap_or("signal")
+}
+
+fn as_fd(eventfd: &vmm_sys_util::eventfd::EventFd) -> BorrowedFd<'_> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: the descriptor is open for as long as `eventfd` is borrowed.
+    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: duration.as_secs() as _,
+        tv_nsec: duration.subsec_nanos().into(),
+    }
+}
