@@ -11,6 +11,8 @@ mod host_file;
 mod raw;
 mod ring;
 mod segments;
+#[cfg(test)]
+mod testing;
 
 pub use buffer::Buffer;
 pub use disk::{Disk, Limits, Pending};
@@ -18,8 +20,8 @@ pub use format::{
     Format, FormatOption, Image, OpenError, Opening, OptionKind, OptionValue, find, for_extension,
     formats, raw_for,
 };
-pub use host_file::HostFile;
+pub use host_file::{HostFile, Transfer, create_file, sniff};
 #[cfg(any(test, feature = "faults"))]
 pub use ring::{Attempt, Fault, What};
-pub use ring::{Engine, File, Operation, Ring, Whole};
+pub use ring::{Engine, File, Operation, Progress, Ring, Whole};
 pub use segments::Segments;

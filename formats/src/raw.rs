@@ -1,9 +1,10 @@
 //! Raw images: the bytes of the disk and nothing else, fully allocated or thin.
 
 use std::io;
+use std::time::Instant;
 
-use crate::host_file::HostFile;
-use crate::{Disk, Format, Image, Limits, Opening, Pending, Ring, Segments};
+use crate::host_file::{self, HostFile, Size};
+use crate::{Disk, Format, Image, Limits, OpenError, Pending, Progress, Ring, Segments};
 
 inventory::submit! {
     Format {
@@ -12,8 +13,8 @@ inventory::submit! {
         description: "the bytes of the disk, fully allocated when it is opened",
         abilities: &["resize"],
         options: &[],
-        open: |ring, image| open(ring, image, false),
-        create: HostFile::create,
+        open: |ring, image| Box::pin(open(ring, image, false)),
+        create,
     }
 }
 
@@ -21,25 +22,192 @@ inventory::submit! {
     Format {
         name: "sparse-raw",
         extensions: &[],
-        description: "the bytes of the disk, thin: what is discarded becomes a hole",
+        description: "the bytes of the disk, thin: what the guest discards is freed",
         abilities: &["discard", "resize"],
         options: &[],
-        open: |ring, image| open(ring, image, true),
-        create: HostFile::create,
+        open: |ring, image| Box::pin(open(ring, image, true)),
+        create,
     }
-}
-
-fn open<'a>(ring: &'a Ring, image: &'a Image, sparse: bool) -> Opening<'a> {
-    Box::pin(async move {
-        let file = HostFile::open(ring, image).await?;
-        Ok(Box::new(Raw { file, sparse }) as Box<dyn Disk>)
-    })
 }
 
 /// An open raw image.
 struct Raw {
     file: HostFile,
     sparse: bool,
+    ro: bool,
+    block_size: u32,
+    discard_granularity: u32,
+}
+
+fn create(image: &Image) -> Result<(), OpenError> {
+    let size = image.size.ok_or_else(|| OpenError {
+        message: format!("`{}` has no `size`", image.path.display()),
+        help: Some("say how large the new image is to be".into()),
+        key: "size",
+    })?;
+    check_blocks(image, size, "size")?;
+    host_file::create_file(&image.path, |file| Ok(rustix::fs::ftruncate(file, size)?))
+}
+
+async fn open(ring: &Ring, image: &Image, sparse: bool) -> Result<Box<dyn Disk>, OpenError> {
+    let missing =
+        std::fs::metadata(&image.path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+    let created = missing && image.size.is_some() && !image.ro;
+    if created {
+        create(image)?;
+    }
+    let file = HostFile::open(ring, image)?;
+    if !image.format_written {
+        check_content(&file, image).await?;
+    }
+    let size = wanted_size(&file, image)?;
+    let grown = match image.ro {
+        true => Ok(()),
+        false => grow(&file, size, sparse).await,
+    };
+    if let Err(error) = grown {
+        if created {
+            // Nobody else can have come to use it: it is locked.
+            let _ = std::fs::remove_file(&image.path);
+        }
+        return Err(error);
+    }
+    let discard_granularity = match sparse && !image.ro {
+        true => file.discard_granularity().await,
+        false => 0,
+    };
+    Ok(Box::new(Raw {
+        file,
+        sparse,
+        ro: image.ro,
+        block_size: image.block_size,
+        discard_granularity,
+    }))
+}
+
+fn check_blocks(image: &Image, size: u64, key: &'static str) -> Result<(), OpenError> {
+    let block_size = image.block_size;
+    if size.is_multiple_of(block_size.into()) {
+        return Ok(());
+    }
+    let path = image.path.display();
+    Err(OpenError {
+        message: match key {
+            "size" => {
+                format!("`size` is {size}, expected a multiple of `block_size`, {block_size}")
+            }
+            _ => format!(
+                "`block_size` is {block_size}, but `{path}` has {size} bytes, no multiple of it"
+            ),
+        },
+        help: match key {
+            "size" => None,
+            _ => {
+                let next = size.next_multiple_of(block_size.into());
+                Some(format!("add `size = {next}` to grow it to whole blocks"))
+            }
+        },
+        key,
+    })
+}
+
+/// Refuses an image that looks like one of another format.
+async fn check_content(file: &HostFile, image: &Image) -> Result<(), OpenError> {
+    let path = image.path.display();
+    let found = file.sniff().await.map_err(|error| OpenError {
+        message: format!("cannot read `{path}`: {}", host_file::text(&error)),
+        help: None,
+        key: "path",
+    })?;
+    let Some(found) = found else {
+        return Ok(());
+    };
+    let raw = "add `format = \"raw\"` if these bytes are the disk's own";
+    Err(OpenError {
+        message: format!("`{path}` begins like a {found} image, but its name makes it a raw one"),
+        help: Some(match crate::find(found) {
+            Some(_) => format!("add `format = \"{found}\"`, or {raw}"),
+            None => format!("convert it to a raw image, or {raw}"),
+        }),
+        key: "format",
+    })
+}
+
+/// The size that the image is to have.
+fn wanted_size(file: &HostFile, image: &Image) -> Result<u64, OpenError> {
+    let path = image.path.display();
+    let has = file.size();
+    let Some(size) = image.size else {
+        check_blocks(image, has, "block_size")?;
+        return Ok(has);
+    };
+    check_blocks(image, size, "size")?;
+    let refused = |why: &str, help: &str| OpenError {
+        message: format!(
+            "`size` is {}, but `{path}` has {}{why}",
+            Size(size),
+            Size(has)
+        ),
+        help: Some(help.into()),
+        key: "size",
+    };
+    match size.cmp(&has) {
+        std::cmp::Ordering::Less => Err(refused(
+            "",
+            "leave `size` out to use all of it; an image is never shrunk by opening it",
+        )),
+        std::cmp::Ordering::Greater if file.is_device() => Err(refused(
+            ", and a block device does not grow",
+            "leave `size` out to use all of it",
+        )),
+        std::cmp::Ordering::Greater if image.ro => Err(refused(
+            ", and a read-only image does not grow",
+            "leave `size` out, or set `ro = false`",
+        )),
+        _ => Ok(size),
+    }
+}
+
+/// Makes the image as large as it is to be; with `sparse` unset, allocates all of it.
+async fn grow(file: &HostFile, size: u64, sparse: bool) -> Result<(), OpenError> {
+    let path = file.path();
+    if sparse && size > file.size() {
+        return file.resize(size).await.map_err(|error| OpenError {
+            message: format!(
+                "cannot grow `{}` to {}: {}",
+                path.display(),
+                Size(size),
+                host_file::text(&error)
+            ),
+            help: None,
+            key: "size",
+        });
+    }
+    if sparse {
+        return Ok(());
+    }
+    let start = Instant::now();
+    let progress = |done| {
+        let elapsed = start.elapsed();
+        file.ring().report(&Progress {
+            path,
+            done,
+            total: size,
+            elapsed,
+        });
+    };
+    file.allocate(size, progress)
+        .await
+        .map_err(|error| OpenError {
+            message: format!(
+                "cannot allocate {} for `{}`: {}",
+                Size(size),
+                path.display(),
+                host_file::text(&error)
+            ),
+            help: Some("free some space, or set `sparse = true`".into()),
+            key: "sparse",
+        })
 }
 
 impl Disk for Raw {
@@ -49,12 +217,12 @@ impl Disk for Raw {
 
     fn limits(&self) -> Limits {
         Limits {
-            alignment: 1,
-            memory_alignment: 1,
-            optimal_io: 4096,
-            discard_granularity: if self.sparse { 4096 } else { 0 },
-            write_zeroes: true,
-            resize: true,
+            alignment: self.file.alignment(),
+            memory_alignment: self.file.memory_alignment(),
+            optimal_io: self.file.block(),
+            discard_granularity: self.discard_granularity,
+            write_zeroes: !self.ro,
+            resize: !self.ro,
         }
     }
 
@@ -67,25 +235,40 @@ impl Disk for Raw {
     }
 
     fn flush(&self) -> Pending<'_> {
-        Box::pin(self.file.flush())
+        match self.ro {
+            true => Box::pin(std::future::ready(Ok(()))),
+            false => Box::pin(self.file.flush()),
+        }
     }
 
     fn discard(&self, offset: u64, len: u64) -> Pending<'_> {
-        if !self.sparse {
-            return Box::pin(std::future::ready(Err(io::ErrorKind::Unsupported.into())));
+        match self.discard_granularity {
+            0 => Box::pin(std::future::ready(Err(io::ErrorKind::Unsupported.into()))),
+            _ => Box::pin(self.file.discard(offset, len)),
         }
-        Box::pin(self.file.punch(offset, len))
     }
 
-    fn write_zeroes(&self, offset: u64, len: u64, _unmap: bool) -> Pending<'_> {
-        Box::pin(self.file.zero(offset, len))
+    fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> Pending<'_> {
+        // What is to stay fully allocated is not unmapped.
+        Box::pin(self.file.write_zeroes(offset, len, unmap && self.sparse))
     }
 
     fn resize(&self, size: u64) -> Pending<'_> {
-        Box::pin(self.file.resize(size))
+        Box::pin(async move {
+            if !size.is_multiple_of(self.block_size.into()) {
+                return Err(io::ErrorKind::InvalidInput.into());
+            }
+            match self.sparse || size <= self.size() {
+                true => self.file.resize(size).await,
+                false => self.file.allocate(size, |_| {}).await,
+            }
+        })
     }
 
     fn close(self: Box<Self>) -> Pending<'static> {
-        Box::pin(async move { self.file.flush().await })
+        Box::pin(async move { self.flush().await })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -174,6 +174,23 @@ impl Segments {
         done
     }
 
+    /// Copies `from` into the first bytes; returns how many: the shorter of the two lengths. If
+    /// the two overlap, what the overlap holds afterwards is undefined.
+    pub fn copy_segments(&self, from: &Segments) -> usize {
+        let len = self.len.min(from.len);
+        let (mut to, mut from) = (Cursor::new(self), Cursor::new(from));
+        let mut done = 0;
+        while done < len {
+            let count = to.left().min(from.left()).min(len - done);
+            // SAFETY: as in `copy_to`, for both sides: each has `count` bytes left in its piece.
+            unsafe { std::ptr::copy(from.base(), to.base(), count) };
+            to.advance(count);
+            from.advance(count);
+            done += count;
+        }
+        done
+    }
+
     /// Sets every byte to `value`.
     pub fn fill(&self, value: u8) {
         for piece in &self.iov {
@@ -187,6 +204,42 @@ impl Segments {
         self.iov.iter().all(|piece| {
             piece.iov_base.addr().is_multiple_of(memory) && piece.iov_len.is_multiple_of(len)
         })
+    }
+}
+
+/// A place in segments, at the start of or inside a piece.
+struct Cursor<'a> {
+    pieces: &'a [libc::iovec],
+    at: usize,
+}
+
+impl<'a> Cursor<'a> {
+    fn new(segments: &'a Segments) -> Self {
+        Cursor {
+            pieces: &segments.iov,
+            at: 0,
+        }
+    }
+
+    /// Bytes to the end of the piece.
+    fn left(&self) -> usize {
+        self.pieces
+            .first()
+            .map_or(0, |piece| piece.iov_len - self.at)
+    }
+
+    fn base(&self) -> *mut u8 {
+        let base = self.pieces.first().map(|piece| piece.iov_base.cast::<u8>());
+        base.map_or(std::ptr::null_mut(), |base| base.wrapping_add(self.at))
+    }
+
+    /// Goes on by no more than what is left of the piece.
+    fn advance(&mut self, len: usize) {
+        self.at += len;
+        if self.left() == 0 {
+            self.pieces = self.pieces.split_first().map_or(&[], |(_, rest)| rest);
+            self.at = 0;
+        }
     }
 }
 
@@ -267,6 +320,24 @@ mod tests {
         assert_eq!(segments.copy_to(&mut [0; 2]), 2);
         segments.fill(0);
         assert_eq!(bytes(&segments), [0; 4]);
+    }
+
+    #[test]
+    fn segments_are_copied_across_the_borders_of_their_pieces() {
+        for (to, from) in [
+            (&[1, 2, 3][..], &[3, 2, 1][..]),
+            (&[6], &[2, 2, 2]),
+            (&[2, 2], &[9]),
+            (&[9], &[4]),
+            (&[], &[4]),
+        ] {
+            let (to, from) = (counting(to), counting(from));
+            to.fill(99);
+            let want = to.len().min(from.len());
+            assert_eq!(to.copy_segments(&from), want);
+            assert_eq!(bytes(&to)[..want], bytes(&from)[..want]);
+            assert!(bytes(&to)[want..].iter().all(|byte| *byte == 99));
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Files as the ring sees them.
 
-use std::cell::{Cell, OnceCell};
+use std::any::Any;
+use std::cell::{Cell, OnceCell, RefCell};
 use std::fs;
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -30,9 +31,16 @@ pub(super) struct Opened {
     pub(super) writes: Cell<Shortcut>,
     /// Eight bytes that an eventfd's counter is read into.
     pub(super) counter: OnceCell<Segments>,
+    /// Goes with the last reference.
+    keep: RefCell<Vec<Box<dyn Any>>>,
 }
 
 impl File {
+    /// Drops `guard` when nothing, no operation either, refers to the file any more.
+    pub fn keep(&self, guard: impl Any) {
+        self.0.keep.borrow_mut().push(Box::new(guard));
+    }
+
     pub(super) fn opened(&self) -> &Opened {
         &self.0
     }
@@ -82,6 +90,7 @@ impl From<OwnedFd> for File {
             reads: Cell::new(shortcut),
             writes: Cell::new(shortcut),
             counter: OnceCell::new(),
+            keep: RefCell::default(),
         }))
     }
 }

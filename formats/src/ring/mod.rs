@@ -14,10 +14,12 @@ mod wait;
 use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::os::fd::BorrowedFd;
+use std::path::Path;
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 use std::{io, mem};
 
 #[cfg(any(test, feature = "faults"))]
@@ -68,9 +70,25 @@ struct Inner {
     budget: Cell<u32>,
     /// How many `block_on` are under way, one inside the other.
     depth: Cell<u32>,
+    progress: RefCell<Option<OnProgress>>,
     #[cfg(any(test, feature = "faults"))]
     faults: RefCell<Option<faults::Faults>>,
 }
+
+/// How far a long preparation of an image has come.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// The file that is being allocated.
+    pub path: &'a Path,
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes in all.
+    pub total: u64,
+    /// Since it began.
+    pub elapsed: Duration,
+}
+
+type OnProgress = Rc<dyn Fn(&Progress<'_>)>;
 
 /// Operations that one task may complete in a row before others get their turn.
 const BUDGET: u32 = 32;
@@ -101,6 +119,7 @@ impl Ring {
             done: RefCell::default(),
             budget: Cell::new(BUDGET),
             depth: Cell::new(0),
+            progress: RefCell::default(),
             #[cfg(any(test, feature = "faults"))]
             faults: RefCell::default(),
         })))
@@ -111,6 +130,19 @@ impl Ring {
         match &*self.0.backend.borrow() {
             Backend::Uring(_) => Engine::IoUring,
             Backend::Threads(_) => Engine::Threads,
+        }
+    }
+
+    /// From now on `hook` is told how far long preparations of images have come.
+    pub fn on_progress(&self, hook: impl Fn(&Progress<'_>) + 'static) {
+        *self.0.progress.borrow_mut() = Some(Rc::new(hook));
+    }
+
+    /// Tells the hook of [`Ring::on_progress`].
+    pub fn report(&self, progress: &Progress<'_>) {
+        let hook = self.0.progress.borrow().clone();
+        if let Some(hook) = hook {
+            hook(progress);
         }
     }
 

@@ -12,16 +12,7 @@ use rustix::fs::OFlags;
 
 use super::*;
 use crate::Buffer;
-
-/// The engines that work here: threads do everywhere.
-fn engines() -> Vec<Engine> {
-    let mut engines = vec![Engine::Threads];
-    match Ring::new(Engine::IoUring) {
-        Ok(_) => engines.push(Engine::IoUring),
-        Err(error) => eprintln!("io_uring is not tested, it is refused here: {error}"),
-    }
-    engines
-}
+use crate::testing::{engines, run};
 
 /// Runs a test on each engine.
 fn each(test: impl Fn(&Ring)) {
@@ -30,11 +21,6 @@ fn each(test: impl Fn(&Ring)) {
         assert_eq!(ring.engine(), engine);
         test(&ring);
     }
-}
-
-/// Runs a future on a ring.
-fn run<T>(ring: &Ring, root: impl Future<Output = T>) -> T {
-    ring.block_on(root, || {})
 }
 
 fn file() -> File {
