@@ -1,0 +1,234 @@
+//! Runs cases and reports each as `cargo test` does, one line a case as soon as it ends.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::guest;
+
+/// How long a case may take before its guests are killed. Waits inside a case have shorter bounds of their
+/// own; this one is for a case that waits in a way they do not see.
+const CASE_LIMIT: Duration = Duration::from_secs(400);
+/// How long a case has to end once its guests are killed.
+const GRACE: Duration = Duration::from_secs(60);
+
+/// One behaviour, named after it.
+#[derive(Clone, Copy)]
+pub(crate) struct Case {
+    /// `theme::behaviour`.
+    pub(crate) name: &'static str,
+    /// Panics if the behaviour is not there.
+    pub(crate) run: fn(),
+}
+
+/// Names a theme's cases: `cases![boot: first, second]`.
+macro_rules! cases {
+    ($theme:ident: $($case:ident),+ $(,)?) => {
+        pub(crate) const CASES: &[$crate::runner::Case] = &[$($crate::runner::Case {
+            name: concat!(stringify!($theme), "::", stringify!($case)),
+            run: $case,
+        }),+];
+    };
+}
+pub(crate) use cases;
+
+/// The part of libtest's command line that means something here.
+#[derive(Default)]
+pub(crate) struct Options {
+    filters: Vec<String>,
+    skip: Vec<String>,
+    exact: bool,
+    pub(crate) list: bool,
+    pub(crate) threads: Option<usize>,
+}
+
+impl Options {
+    pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self, String> {
+        let mut options = Options::default();
+        while let Some(argument) = arguments.next() {
+            let (flag, mut value) = match argument.split_once('=') {
+                Some((flag, value)) if flag.starts_with("--") => (flag, Some(value.to_owned())),
+                _ => (argument.as_str(), None),
+            };
+            let mut operand = || {
+                value
+                    .take()
+                    .or_else(|| arguments.next())
+                    .ok_or(format!("{flag} needs a value"))
+            };
+            match flag {
+                "--exact" => options.exact = true,
+                "--list" => options.list = true,
+                "--skip" => options.skip.push(operand()?),
+                "--test-threads" => {
+                    let threads = operand()?;
+                    let threads = threads
+                        .parse()
+                        .map_err(|_| format!("--test-threads {threads}: not a number"))?;
+                    options.threads = Some(threads);
+                }
+                "--nocapture" | "--no-capture" | "--quiet" | "-q" | "--include-ignored" => {}
+                _ if flag.starts_with('-') => return Err(format!("the lab does not know {flag}")),
+                _ => options.filters.push(argument),
+            }
+        }
+        Ok(options)
+    }
+
+    pub(crate) fn select(&self, all: &[Case]) -> Vec<Case> {
+        let matches = |name: &str, filter: &String| {
+            if self.exact {
+                name == filter
+            } else {
+                name.contains(filter.as_str())
+            }
+        };
+        all.iter()
+            .filter(|case| {
+                self.filters.is_empty() || self.filters.iter().any(|f| matches(case.name, f))
+            })
+            .filter(|case| !self.skip.iter().any(|f| matches(case.name, f)))
+            .copied()
+            .collect()
+    }
+}
+
+/// What came of a case: its name, how long it took, and what to print if it failed.
+struct Outcome {
+    name: &'static str,
+    took: Duration,
+    failure: Option<String>,
+}
+
+thread_local! {
+    /// Message and place of the last panic on this thread.
+    static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Runs the cases, `threads` at a time, and prints each and the summary. True if all passed.
+pub(crate) fn run(cases: &[Case], filtered: usize, threads: Option<usize>) -> bool {
+    let started = Instant::now();
+    panic::set_hook(Box::new(|info| {
+        PANIC.with_borrow_mut(|message| *message = info.to_string());
+    }));
+    println!("\nrunning {} tests", cases.len());
+    let threads = threads.unwrap_or_else(default_threads).max(1);
+    let queue = Arc::new(Mutex::new(cases.iter().copied().collect::<VecDeque<_>>()));
+    let running = Arc::new(Mutex::new(Vec::<(Case, Instant)>::new()));
+    let (sender, outcomes) = mpsc::channel();
+    for _ in 0..threads.min(cases.len()) {
+        let (queue, running, sender) = (queue.clone(), running.clone(), sender.clone());
+        thread::spawn(move || {
+            loop {
+                let Some(case) = queue.lock().unwrap().pop_front() else {
+                    break;
+                };
+                running.lock().unwrap().push((case, Instant::now()));
+                let outcome = run_case(case);
+                running
+                    .lock()
+                    .unwrap()
+                    .retain(|(other, _)| other.name != case.name);
+                if sender.send(outcome).is_err() {
+                    break;
+                }
+            }
+        });
+    }
+    drop(sender);
+
+    let mut failed = Vec::new();
+    let mut passed = 0;
+    loop {
+        match outcomes.recv_timeout(Duration::from_secs(1)) {
+            Ok(outcome) => match report(outcome) {
+                Some(name) => failed.push(name),
+                None => passed += 1,
+            },
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                let overdue = running.lock().unwrap().clone();
+                for (case, since) in overdue {
+                    if since.elapsed() > CASE_LIMIT {
+                        guest::kill_all(case.name);
+                    }
+                    if since.elapsed() > CASE_LIMIT + GRACE {
+                        println!("test {} ... FAILED <it never ended>", case.name);
+                        summary(passed, cases.len() - passed, filtered, started.elapsed());
+                        return false;
+                    }
+                }
+            }
+        }
+    }
+    if !failed.is_empty() {
+        println!("\nfailures:");
+        for name in &failed {
+            println!("    {name}");
+        }
+    }
+    summary(passed, cases.len() - passed, filtered, started.elapsed());
+    failed.is_empty() && passed == cases.len()
+}
+
+/// The closing line of `cargo test`, which whoever counts tests reads.
+pub(crate) fn summary(passed: usize, failed: usize, filtered: usize, took: Duration) {
+    let verdict = if failed == 0 { "ok" } else { "FAILED" };
+    println!(
+        "\ntest result: {verdict}. {passed} passed; {failed} failed; 0 ignored; 0 measured; \
+         {filtered} filtered out; finished in {:.2}s\n",
+        took.as_secs_f64()
+    );
+}
+
+/// A guest keeps one CPU busy and little else.
+fn default_threads() -> usize {
+    thread::available_parallelism().map_or(1, |cpus| cpus.get().div_ceil(2))
+}
+
+fn run_case(case: Case) -> Outcome {
+    let started = Instant::now();
+    guest::begin(case.name);
+    let result = panic::catch_unwind(AssertUnwindSafe(case.run));
+    let failure = result.err().map(|payload| describe(&*payload));
+    guest::end();
+    Outcome {
+        name: case.name,
+        took: started.elapsed(),
+        failure,
+    }
+}
+
+fn describe(payload: &(dyn Any + Send)) -> String {
+    let mut text = PANIC.with_borrow(String::clone);
+    if text.is_empty() {
+        text = payload
+            .downcast_ref::<String>()
+            .cloned()
+            .unwrap_or_default();
+    }
+    text + &guest::transcripts()
+}
+
+/// Prints an outcome; the name if it failed.
+fn report(outcome: Outcome) -> Option<&'static str> {
+    let took = outcome.took.as_secs_f64();
+    match outcome.failure {
+        None => {
+            println!("test {} ... ok <{took:.1}s>", outcome.name);
+            None
+        }
+        Some(text) => {
+            println!(
+                "test {} ... FAILED <{took:.1}s>\n---- {} ----\n{text}\n----",
+                outcome.name, outcome.name
+            );
+            Some(outcome.name)
+        }
+    }
+}
