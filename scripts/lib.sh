@@ -8,10 +8,19 @@ kernel=$work/kernel         # what scripts/kernel made: vmlinuz, vmlinux, lib/mo
 die() { echo "error: $*" >&2; exit 1; }
 note() { echo "note: $*" >&2; }
 
-# Whether the host's KVM boots an unmodified kernel. A paravirtual KVM (kvm_pvm) has a /dev/kvm that
-# opens, but neither VMX nor SVM behind it: a stock kernel never gets past its real-mode start there.
-kvm_boots() {
-    [[ -r /dev/kvm && -w /dev/kvm && ! -d /sys/module/kvm_pvm ]] && grep -qwE 'vmx|svm' /proc/cpuinfo
+# Why the host's KVM does not boot an unmodified kernel; fails if it does. A paravirtual KVM (kvm_pvm) has a
+# /dev/kvm that opens, but neither VMX nor SVM behind it: a stock kernel never gets past its real-mode start.
+# tests/lab/outer.rs asks the same.
+kvm_problem() {
+    if [[ ! -e /dev/kvm ]]; then
+        echo "there is no /dev/kvm"
+    elif [[ ! -r /dev/kvm || ! -w /dev/kvm ]]; then
+        echo "/dev/kvm is not open to you (its group: $(stat -c %G /dev/kvm))"
+    elif [[ -d /sys/module/kvm_pvm ]] || ! grep -qwE 'vmx|svm' /proc/cpuinfo; then
+        echo "/dev/kvm has no hardware virtualisation behind it, which an unmodified kernel needs"
+    else
+        return 1
+    fi
 }
 
 # Whether $1 exists and is newer than every other argument.

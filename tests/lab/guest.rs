@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, mpsc};
 use std::thread;
@@ -34,10 +34,12 @@ pub(crate) const GUEST: &str = r#"
 
 /// Where kernel and guests are.
 pub(crate) fn files() -> PathBuf {
-    std::env::var_os(FILES).map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join(".work/lab"),
-        PathBuf::from,
-    )
+    std::env::var_os(FILES).map_or_else(|| repository().join(".work/lab"), PathBuf::from)
+}
+
+/// The project's folder; inside the outer machine there is little of it, at the same place.
+pub(crate) fn repository() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
 /// The `launcher` under test.
@@ -130,6 +132,16 @@ impl Folder {
     /// A root disk of the test guest.
     pub(crate) fn root_disk(&self, name: &str) {
         fs::copy(files().join("root.img"), self.path(name)).unwrap();
+    }
+
+    /// The kernel and initrd of a checked-in configuration; its vm.toml.
+    pub(crate) fn config(&self, name: &str) -> String {
+        let config = repository().join("configs").join(name);
+        for file in ["vmlinuz", "initrd.img"] {
+            let _ = fs::remove_file(self.path(file));
+            symlink(config.join(file), self.path(file)).unwrap();
+        }
+        fs::read_to_string(config.join("vm.toml")).unwrap()
     }
 
     /// `launcher up vm.toml` with this vm.toml.

@@ -52,7 +52,7 @@ fn main() -> ExitCode {
     let passed = if cases.is_empty() || inside {
         runner::run(&cases, filtered, options.threads)
     } else {
-        match outer::prepare() {
+        match outer::prepare(&cases) {
             Ok(()) if outer::kvm_boots() => runner::run(&cases, filtered, options.threads),
             Ok(()) => outer::run(&cases, filtered),
             Err(message) => {

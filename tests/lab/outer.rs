@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use crate::guest;
+use crate::guest::{self, repository};
 use crate::runner::{self, Case};
 
 /// Seconds after which the outer machine is ended by force; scripts/outer prints its console then.
@@ -20,10 +20,11 @@ const PROGRAMS: [&str; 4] = [
     "/usr/bin/qemu-io",
 ];
 
-/// Makes the kernel and the test guest.
-pub(crate) fn prepare() -> Result<(), String> {
+/// Makes the kernel, the test guest and the configurations the cases boot.
+pub(crate) fn prepare(cases: &[Case]) -> Result<(), String> {
     let script = repository().join("tests/lab/prepare");
-    match Command::new(&script).status() {
+    let debian = needs_debian(cases).then_some("--debian");
+    match Command::new(&script).args(debian).status() {
         Ok(status) if status.success() => Ok(()),
         Ok(status) => Err(format!("{}: {status}", script.display())),
         Err(error) => Err(format!("{}: {error}", script.display())),
@@ -61,8 +62,21 @@ pub(crate) fn run(cases: &[Case], filtered: usize) -> bool {
     for program in PROGRAMS.iter().map(Path::new).chain([&*launcher, &*lab]) {
         command.arg("--program").arg(program);
     }
-    for name in ["vmlinuz", "vmlinux", "guest.img", "root.img"] {
-        let path = files.join(name).display().to_string();
+    let mut carried: Vec<_> = ["vmlinuz", "vmlinux", "guest.img", "root.img"]
+        .map(|name| files.join(name))
+        .into();
+    for config in ["hello", "debian"] {
+        let folder = repository().join("configs").join(config);
+        carried.extend(["vm.toml", "vmlinuz", "initrd.img"].map(|name| folder.join(name)));
+    }
+    if needs_debian(cases) {
+        // A gigabyte is not carried in memory: the image is a disk of the outer machine.
+        let image = repository().join("configs/debian/root.img");
+        command.arg("--disk").arg(&image).arg("--link");
+        command.arg(format!("/dev/vda={}", image.display()));
+    }
+    for file in carried.iter().filter(|file| file.exists()) {
+        let path = file.display();
         command.arg("--file").arg(format!("{path}={path}"));
     }
     for (name, value) in std::env::vars().filter(|(name, _)| name.starts_with("LAB_")) {
@@ -106,8 +120,11 @@ pub(crate) fn run(cases: &[Case], filtered: usize) -> bool {
     all
 }
 
-fn repository() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+/// Whether one of the cases boots configs/debian, which takes minutes to make.
+fn needs_debian(cases: &[Case]) -> bool {
+    cases
+        .iter()
+        .any(|case| case.name.contains("configs_debian"))
 }
 
 /// A copy without debug information, which is most of the file and would all be carried.
