@@ -28,7 +28,9 @@ pub(crate) const CMDLINE: u64 = 0x2_0000;
 /// End of the low RAM that the guest may use; firmware keeps its data from here to 1 MiB.
 pub(crate) const LOW_RAM_END: u64 = 0x9_fc00;
 /// The ACPI tables. RSDP scans look in this range too.
-pub(crate) const ACPI: Range<u64> = 0xe_0000..0x10_0000;
+pub(crate) const ACPI: Range<u64> = 0xe_0000..RESET_VECTOR;
+/// Where a kernel jumps in real mode, as to a BIOS, when it knows no better way to reset.
+pub(crate) const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where RAM goes on after the first MiB's reserved part.
 pub(crate) const HIGH_RAM: u64 = 0x10_0000;
 

@@ -17,6 +17,7 @@ pub(crate) use state::Entry;
 use super::layout::{self, HIGH_RAM, HOLE_START, LOW_RAM_END};
 use crate::config::Boot;
 use crate::devices::GuestMemory;
+use crate::devices::power::{RESET_OFFSET, RESET_VALUE};
 use crate::{Error, Result};
 
 const PAGE: u64 = 4096;
@@ -37,11 +38,29 @@ pub(crate) fn load(
     boot: &Boot,
     parameters: &Parameters<'_>,
 ) -> Result<Entry> {
+    write(memory, &reset_code(), layout::RESET_VECTOR)?;
     let mut kernel = KernelFile::open(&boot.kernel)?;
     match kernel.kind()? {
         Kind::BzImage => linux::load(memory, kernel, boot.initrd.as_deref(), parameters),
         Kind::Elf => pvh::load(memory, kernel, boot.initrd.as_deref(), parameters),
     }
+}
+
+/// All there is of a BIOS: at its reset vector, a write to the reset register in real mode. A
+/// Linux that finds hardware-reduced ACPI and no EFI resets by a jump there.
+fn reset_code() -> [u8; 9] {
+    let [low, high] = (layout::POWER_PORT + RESET_OFFSET as u16).to_le_bytes();
+    [
+        0xba,
+        low,
+        high, // mov dx, PORT
+        0xb0,
+        RESET_VALUE, // mov al, VALUE
+        0xee,        // out dx, al
+        0xf4,        // hlt
+        0xeb,
+        0xfd, // jmp to the hlt
+    ]
 }
 
 /// What a kernel file is, by its magic numbers.
