@@ -1,7 +1,8 @@
 //! What the tests of this crate share.
 
 use std::future::Future;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use tempfile::TempDir;
 
@@ -73,6 +74,69 @@ pub(crate) fn bytes(segments: &Segments) -> Vec<u8> {
 /// Whether this test runs as root.
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
+}
+
+/// Runs a test once more, in a process of its own whose `SMALL_TMPFS` is a file system of
+/// `size` that nobody else sees. In that process, returns where it is mounted.
+pub(crate) fn in_tmpfs(test: &str, size: &str) -> Option<PathBuf> {
+    if let Some(mounted) = std::env::var_os("SMALL_TMPFS") {
+        return Some(mounted.into());
+    }
+    let directory = directory();
+    // To mount needs root, or a user namespace in which anyone is root.
+    let namespaces: &[&str] = match is_root() {
+        true => &["--mount"],
+        false => &["--mount", "--user", "--map-root-user"],
+    };
+    const SCRIPT: &str = r#"mount -t tmpfs -o size="$1" none "$SMALL_TMPFS" || exit 77
+        exec "$2" --exact "$3" --nocapture"#;
+    let output = Command::new("unshare")
+        .args(namespaces)
+        .args(["sh", "-c", SCRIPT, "sh", size])
+        .arg(std::env::current_exe().unwrap())
+        .arg(test)
+        .env("SMALL_TMPFS", directory.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    match output.status.success() {
+        true => assert!(text.contains("1 passed"), "{text}"),
+        false if !text.contains("running 1 test") => {
+            eprintln!("{test} is not run, no file system may be mounted here: {text}");
+        }
+        false => panic!("{text}"),
+    }
+    None
+}
+
+/// A loop device over a file, until it is dropped.
+pub(crate) struct Loop(pub(crate) PathBuf);
+
+impl Loop {
+    /// `None`, with the reason on standard error, where there are no loop devices for us.
+    pub(crate) fn new(file: &Path, sector_size: u32) -> Option<Loop> {
+        let output = Command::new("losetup")
+            .args(["--find", "--show", "--sector-size"])
+            .arg(sector_size.to_string())
+            .arg(file)
+            .output();
+        let output = match output {
+            Ok(output) if output.status.success() => output,
+            refused => {
+                eprintln!("block devices are not tested, they need root: {refused:?}");
+                return None;
+            }
+        };
+        let path = String::from_utf8(output.stdout).unwrap();
+        Some(Loop(path.trim_end().into()))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let detached = Command::new("losetup").arg("-d").arg(&self.0).status();
+        assert!(detached.is_ok_and(|status| status.success()));
+    }
 }
 
 /// Marsaglia's xorshift: the same numbers for the same seed.

@@ -79,15 +79,23 @@ fn open(image: &Image) -> Result<OwnedFd, OpenError> {
     }
     let device = fs::metadata(&image.path)
         .is_ok_and(|meta| FileType::from_raw_mode(meta.mode()) == FileType::BlockDevice);
-    if device && image.lock && !image.ro {
-        // Refused while the host itself uses the device, as for a mounted file system.
-        flags |= OFlags::EXCL;
-    }
+    // Refused while the host itself uses the device, as for a mounted file system.
+    let exclusive = match device && image.lock && !image.ro {
+        true => OFlags::EXCL,
+        false => OFlags::empty(),
+    };
     loop {
-        match rustix::fs::open(&image.path, flags, Mode::empty()) {
+        match rustix::fs::open(&image.path, flags | exclusive, Mode::empty()) {
             Ok(fd) => return Ok(fd),
             Err(Errno::INTR) => {}
             Err(Errno::INVAL) if image.o_direct => return Err(no_direct(image)),
+            Err(Errno::BUSY) if device => {
+                // One of us has it like this too. Then its locks tell who it is.
+                if let Ok(fd) = rustix::fs::open(&image.path, flags, Mode::empty()) {
+                    lock::lock(fd.as_fd(), &image.path, image.ro)?;
+                }
+                return Err(unopenable(image, &Errno::BUSY.into()));
+            }
             Err(errno) => return Err(unopenable(image, &errno.into())),
         }
     }

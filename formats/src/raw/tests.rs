@@ -1,15 +1,17 @@
+//! Raw images, one behaviour each.
+
+mod device;
+mod model;
+
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
-use std::time::SystemTime;
 
 use super::*;
-use crate::testing::{Random, bytes, directory, engines, image, open, refused, run, segments};
-use crate::{Buffer, Engine};
+use crate::Engine;
+use crate::testing::{bytes, directory, engines, image, in_tmpfs, open, refused, run, segments};
 
 /// Opens an image of `content`; the directory is to be kept.
 fn disk(ring: &Ring, format: &str, content: &[u8]) -> (tempfile::TempDir, Box<dyn Disk>) {
@@ -30,200 +32,6 @@ fn allocated(directory: &tempfile::TempDir) -> u64 {
         .unwrap()
         .blocks()
         * 512
-}
-
-/// One run of random operations against a flat model.
-struct Model {
-    ring: Ring,
-    disk: Rc<Box<dyn Disk>>,
-    content: Vec<u8>,
-    random: Random,
-    block: u64,
-    discard: bool,
-    /// What is in flight: first byte and the one after the last.
-    flying: Rc<RefCell<BTreeMap<u64, u64>>>,
-    waiting: Rc<Cell<Option<Waker>>>,
-}
-
-/// The largest image of the model.
-const MOST: u64 = 4 << 20;
-
-impl Model {
-    /// Waits until fewer than `count` operations are in flight.
-    async fn below(&self, count: usize) {
-        std::future::poll_fn(|cx| {
-            if self.flying.borrow().len() < count {
-                return Poll::Ready(());
-            }
-            self.waiting.set(Some(cx.waker().clone()));
-            Poll::Pending
-        })
-        .await;
-    }
-
-    /// A range that nothing in flight touches, and claims it.
-    fn claim(&mut self) -> Option<(u64, u64)> {
-        let blocks = self.content.len() as u64 / self.block;
-        if blocks == 0 {
-            return None;
-        }
-        let start = self.random.below(blocks) * self.block;
-        let most = self.random.of(&[self.block, 4096, 64 << 10, 300 << 10]);
-        let most = (most / self.block).max(1).min(blocks - start / self.block);
-        let end = start + (1 + self.random.below(most)) * self.block;
-        let mut flying = self.flying.borrow_mut();
-        let before = flying.range(..end).next_back();
-        if before.is_some_and(|(_, other)| *other > start) {
-            return None;
-        }
-        flying.insert(start, end);
-        Some((start, end))
-    }
-
-    /// Memory in pieces of odd sizes at odd addresses, as a guest may choose to have it.
-    fn memory(&mut self, len: u64) -> Segments {
-        let skip = self.random.of(&[0, 0, 1, 4, 512]);
-        let buffer = Buffer::zeroed(len as usize + skip, 4096).unwrap();
-        let mut rest = Segments::from_buffer(buffer).slice(skip, len as usize);
-        let piece = self.random.of(&[7, 512, 4096, 1 << 20]);
-        if rest.len() / piece > 2000 {
-            return rest;
-        }
-        let mut pieces = Vec::new();
-        let keep = rest.keep();
-        while !rest.is_empty() {
-            let piece = rest.split_to(piece);
-            pieces.push((piece.iovecs()[0].iov_base.cast(), piece.len()));
-        }
-        // SAFETY: the pieces are those of the buffer, which is kept.
-        unsafe { Segments::new(pieces, keep) }
-    }
-
-    async fn step(&mut self) {
-        match self.random.below(1000) {
-            0 => {
-                self.below(1).await;
-                let size = self.random.below(MOST / self.block + 1) * self.block;
-                self.disk.resize(size).await.unwrap();
-                assert_eq!(self.disk.size(), size);
-                self.content.resize(size as usize, 0);
-            }
-            1..5 => self.disk.flush().await.unwrap(),
-            kind => {
-                self.below(64).await;
-                if let Some((start, end)) = self.claim() {
-                    self.spawn(kind, start, end);
-                }
-            }
-        }
-    }
-
-    fn spawn(&mut self, kind: u64, start: u64, end: u64) {
-        let content = &mut self.content[start as usize..end as usize];
-        let disk = Rc::clone(&self.disk);
-        let (flying, waiting) = (Rc::clone(&self.flying), Rc::clone(&self.waiting));
-        let len = end - start;
-        let done = move || {
-            flying.borrow_mut().remove(&start);
-            if let Some(waker) = waiting.take() {
-                waker.wake();
-            }
-        };
-        match kind {
-            0..450 => {
-                let want = content.to_vec();
-                let memory = self.memory(len);
-                self.ring.spawn(async move {
-                    disk.read(start, memory.clone()).await.unwrap();
-                    assert!(bytes(&memory) == want, "read of {len} at {start}");
-                    done();
-                });
-            }
-            450..900 => {
-                let byte = self.random.below(256) as u8;
-                for (i, to) in content.iter_mut().enumerate() {
-                    *to = byte.wrapping_add((i / 512) as u8);
-                }
-                let want = content.to_vec();
-                let memory = self.memory(len);
-                memory.copy_from(&want);
-                self.ring.spawn(async move {
-                    disk.write(start, memory).await.unwrap();
-                    done();
-                });
-            }
-            900..950 if self.discard => {
-                content.fill(0);
-                self.ring.spawn(async move {
-                    disk.discard(start, len).await.unwrap();
-                    done();
-                });
-            }
-            _ => {
-                content.fill(0);
-                let unmap = self.random.below(2) == 0;
-                self.ring.spawn(async move {
-                    disk.write_zeroes(start, len, unmap).await.unwrap();
-                    done();
-                });
-            }
-        }
-    }
-}
-
-/// Runs `count` random operations, and compares the image afterwards.
-fn model(engine: Engine, format: &str, o_direct: bool, block_size: u32, seed: u64, count: u32) {
-    let directory = directory();
-    let path = directory.path().join("a.img");
-    let image = Image {
-        o_direct,
-        block_size,
-        size: Some(MOST / 2),
-        ..image(&path)
-    };
-    let ring = Ring::new(engine).unwrap();
-    let disk = open(&ring, format, &image).unwrap();
-    let mut model = Model {
-        ring: ring.clone(),
-        discard: disk.limits().discard_granularity > 0,
-        disk: Rc::new(disk),
-        content: vec![0; MOST as usize / 2],
-        random: Random::new(seed),
-        block: block_size.into(),
-        flying: Rc::default(),
-        waiting: Rc::default(),
-    };
-    run(&ring, async {
-        for _ in 0..count {
-            model.step().await;
-        }
-        model.below(1).await;
-    });
-    let Ok(disk) = Rc::try_unwrap(model.disk) else {
-        panic!("the disk is in use");
-    };
-    run(&ring, disk.close()).unwrap();
-    assert!(fs::read(&path).unwrap() == model.content, "the image");
-}
-
-#[test]
-fn a_raw_image_behaves_like_a_flat_array_of_bytes() {
-    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
-    let seed = match std::env::var("SEED") {
-        Ok(seed) => seed.parse().unwrap(),
-        Err(_) => now,
-    };
-    eprintln!("again with: SEED={seed} cargo test -p formats flat_array");
-    for engine in engines() {
-        for format in ["raw", "sparse-raw"] {
-            for o_direct in [false, true] {
-                for block_size in [512, 4096] {
-                    eprintln!("{engine:?} {format} o_direct {o_direct} {block_size}");
-                    model(engine, format, o_direct, block_size, seed, 6500);
-                }
-            }
-        }
-    }
 }
 
 #[test]
@@ -501,6 +309,53 @@ fn a_host_fault_is_the_result_of_the_request_and_the_disk_goes_on() {
             run(&ring, disk.read(0, memory.clone())).unwrap();
             assert_eq!(bytes(&memory), [1; 4096]);
         }
+    }
+}
+
+#[test]
+fn an_encrypted_disk_is_a_raw_disk() {
+    let directory = directory();
+    let path = directory.path().join("a.img");
+    fs::write(&path, [&b"LUKS\xba\xbe"[..], &[0; 506]].concat()).unwrap();
+    open(&ring(), "raw", &image(&path)).unwrap();
+}
+
+#[test]
+fn a_full_host_fails_writes_until_space_is_freed() {
+    let name = "raw::tests::a_full_host_fails_writes_until_space_is_freed";
+    let Some(mounted) = in_tmpfs(name, "1m") else {
+        return;
+    };
+    let path = mounted.join("a.img");
+    let sized = Image {
+        size: Some(4 << 20),
+        ..image(&path)
+    };
+    // It does not fit: nothing is there afterwards, and nothing is taken.
+    let error = refused("raw", &sized);
+    assert!(
+        error.message.ends_with(": No space left on device"),
+        "{error}"
+    );
+    assert!(!path.exists());
+    fs::File::create(&path).unwrap().set_len(4096).unwrap();
+    assert_eq!(refused("raw", &sized).key, "sparse");
+    assert_eq!(fs::metadata(&path).unwrap().len(), 4096);
+    for engine in engines() {
+        let ring = Ring::new(engine).unwrap();
+        let disk = open(&ring, "sparse-raw", &sized).unwrap();
+        let write = |at: u64| run(&ring, disk.write(at << 16, segments(&[1; 1 << 16])));
+        let written = (0..64).take_while(|at| write(*at).is_ok()).count() as u64;
+        assert!((8..=16).contains(&written), "{written}");
+        for _ in 0..3 {
+            let error = write(written).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+        }
+        write(0).unwrap();
+        run(&ring, disk.flush()).unwrap();
+        run(&ring, disk.discard(0, 1 << 17)).unwrap();
+        write(written).unwrap();
+        run(&ring, disk.discard(0, 4 << 20)).unwrap();
     }
 }
 

@@ -3,24 +3,25 @@
 #[cfg(any(test, feature = "faults"))]
 mod faults;
 mod file;
+mod inner;
 mod op;
 mod operation;
 mod pool;
 mod shortcut;
+mod table;
 mod tasks;
 mod uring;
 mod wait;
 
-use std::cell::{Cell, RefCell};
 use std::future::Future;
+use std::io;
+use std::mem;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::Duration;
-use std::{io, mem};
 
 #[cfg(any(test, feature = "faults"))]
 pub use faults::{Attempt, Fault, What};
@@ -28,11 +29,8 @@ pub use file::File;
 pub use operation::{Operation, Whole};
 
 use crate::Segments;
-use op::{End, Kind, Outcome, Request, Table, Token};
-use pool::Pool;
-use tasks::{Ready, Tasks};
-use uring::Uring;
-use wait::Waits;
+use inner::{Inner, Scope};
+use op::{End, Kind, Request};
 
 /// How a [`Ring`] carries out its operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,28 +51,6 @@ pub enum Engine {
 #[derive(Clone)]
 pub struct Ring(Rc<Inner>);
 
-enum Backend {
-    Uring(Box<Uring>),
-    Threads(Waits),
-}
-
-struct Inner {
-    backend: RefCell<Backend>,
-    pool: RefCell<Option<Pool>>,
-    table: RefCell<Table>,
-    tasks: Tasks,
-    ready: Arc<Ready>,
-    /// Results to be dispatched; those that were found without the engine among them.
-    done: RefCell<Vec<(Token, i32)>>,
-    /// Operations that the current task may still complete without waiting.
-    budget: Cell<u32>,
-    /// How many `block_on` are under way, one inside the other.
-    depth: Cell<u32>,
-    progress: RefCell<Option<OnProgress>>,
-    #[cfg(any(test, feature = "faults"))]
-    faults: RefCell<Option<faults::Faults>>,
-}
-
 /// How far a long preparation of an image has come.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress<'a> {
@@ -90,47 +66,18 @@ pub struct Progress<'a> {
 
 type OnProgress = Rc<dyn Fn(&Progress<'_>)>;
 
-/// Operations that one task may complete in a row before others get their turn.
-const BUDGET: u32 = 32;
 /// Rounds of ready tasks before the engine is asked for completions.
 const ROUNDS: u32 = 4;
 
 impl Ring {
     /// A ring for the current thread.
     pub fn new(engine: Engine) -> io::Result<Ring> {
-        let backend = match engine {
-            Engine::IoUring => Backend::Uring(Box::new(Uring::new()?)),
-            Engine::Threads => Backend::Threads(Waits::default()),
-            Engine::Auto => match Uring::new() {
-                Ok(uring) => Backend::Uring(Box::new(uring)),
-                Err(error) => {
-                    tracing::debug!(%error, "no io_uring: threads do the I/O");
-                    Backend::Threads(Waits::default())
-                }
-            },
-        };
-        let ready = Arc::new(Ready::new()?);
-        Ok(Ring(Rc::new(Inner {
-            backend: RefCell::new(backend),
-            pool: RefCell::new(None),
-            table: RefCell::default(),
-            tasks: Tasks::new(Arc::clone(&ready)),
-            ready,
-            done: RefCell::default(),
-            budget: Cell::new(BUDGET),
-            depth: Cell::new(0),
-            progress: RefCell::default(),
-            #[cfg(any(test, feature = "faults"))]
-            faults: RefCell::default(),
-        })))
+        Ok(Ring(Rc::new(Inner::new(engine)?)))
     }
 
     /// The engine in use: never [`Engine::Auto`].
     pub fn engine(&self) -> Engine {
-        match &*self.0.backend.borrow() {
-            Backend::Uring(_) => Engine::IoUring,
-            Backend::Threads(_) => Engine::Threads,
-        }
+        self.0.engine()
     }
 
     /// From now on `hook` is told how far long preparations of images have come.
@@ -173,9 +120,9 @@ impl Ring {
         waker.wake_by_ref();
         loop {
             for _ in 0..ROUNDS {
-                let (root_ready, any) = self.0.tasks.run(|| self.0.budget.set(BUDGET));
+                let (root_ready, any) = self.0.tasks.run(|| self.0.begin_turn());
                 if root_ready {
-                    self.0.budget.set(BUDGET);
+                    self.0.begin_turn();
                     if let Poll::Ready(output) =
                         root.as_mut().poll(&mut Context::from_waker(&waker))
                     {
@@ -284,179 +231,8 @@ impl Ring {
     }
 
     fn operation(&self, request: Request) -> Operation {
-        let token = self.0.table.borrow_mut().insert(request);
+        let token = self.0.insert(request);
         Operation::new(self.clone(), token)
-    }
-
-    fn poll_operation(&self, token: Token, waker: &Waker) -> Poll<io::Result<usize>> {
-        self.0.poll_operation(token, waker)
-    }
-
-    fn abandon(&self, token: Token) {
-        self.0.abandon(token);
-    }
-}
-
-impl Inner {
-    fn poll_operation(&self, token: Token, waker: &Waker) -> Poll<io::Result<usize>> {
-        let mut table = self.table.borrow_mut();
-        if !table.is_new(token) {
-            return table.fetch(token, waker).map_or(Poll::Pending, Poll::Ready);
-        }
-        let first = table.request(token).and_then(|request| {
-            let result = self.fault(request).or_else(|| shortcut::attempt(request))?;
-            Some(request.complete(result))
-        });
-        let Some(Some(result)) = first else {
-            table.launch(token);
-            match first {
-                None => self.issue(&mut table, token),
-                Some(_) => self.reissue(&mut table, token),
-            }
-            return table.fetch(token, waker).map_or(Poll::Pending, Poll::Ready);
-        };
-        let request = table.finish(token, result);
-        // Even a task that never has to wait leaves the others their turn.
-        let result = match self.budget.get().checked_sub(1) {
-            Some(left) => {
-                self.budget.set(left);
-                table.fetch(token, waker)
-            }
-            None => None,
-        };
-        drop(table);
-        drop(request);
-        match result {
-            Some(result) => Poll::Ready(result),
-            None => {
-                waker.wake_by_ref();
-                Poll::Pending
-            }
-        }
-    }
-
-    #[cfg(any(test, feature = "faults"))]
-    fn fault(&self, request: &Request) -> Option<i32> {
-        faults::result(self.faults.borrow_mut().as_mut()?, request)
-    }
-
-    #[cfg(not(any(test, feature = "faults")))]
-    fn fault(&self, _: &Request) -> Option<i32> {
-        None
-    }
-
-    /// Gives an operation to the engine again.
-    fn reissue(&self, table: &mut Table, token: Token) {
-        match table.request(token).and_then(|request| self.fault(request)) {
-            Some(result) => self.done.borrow_mut().push((token, result)),
-            None => self.issue(table, token),
-        }
-    }
-
-    /// Gives an operation to the engine.
-    fn issue(&self, table: &mut Table, token: Token) {
-        let Some(request) = table.request(token) else {
-            return;
-        };
-        match (&mut *self.backend.borrow_mut(), &request.kind) {
-            (Backend::Threads(waits), Kind::Poll) => waits.push(token, request),
-            (Backend::Threads(_), _) | (_, Kind::Call(_)) => self
-                .pool
-                .borrow_mut()
-                .get_or_insert_with(|| Pool::new(Arc::clone(&self.ready)))
-                .push(token, request),
-            (Backend::Uring(uring), _) => uring.push(token, request),
-        }
-    }
-
-    fn abandon(&self, token: Token) {
-        let (request, waker, cancel) = self.table.borrow_mut().abandon(token);
-        if cancel {
-            match &mut *self.backend.borrow_mut() {
-                Backend::Uring(uring) => uring.cancel(token),
-                Backend::Threads(waits) => waits.cancel(token, &mut self.done.borrow_mut()),
-            }
-        }
-        drop((request, waker));
-    }
-
-    /// Submits what is queued, waits for results if there is nothing else to do, and hands them
-    /// to their operations.
-    fn turn(&self, wait: bool) {
-        let results = |pool: &Option<Pool>| pool.as_ref().is_some_and(Pool::has_results);
-        let wait = wait
-            && self.ready.sleep()
-            && self.done.borrow().is_empty()
-            && !results(&self.pool.borrow());
-        let mut done = mem::take(&mut *self.done.borrow_mut());
-        match &mut *self.backend.borrow_mut() {
-            Backend::Uring(uring) => {
-                uring.enter(&self.ready, wait);
-                uring.reap(&self.ready, &mut done);
-            }
-            Backend::Threads(waits) => waits.enter(&self.ready, wait, &mut done),
-        }
-        self.ready.awake();
-        if let Some(pool) = &*self.pool.borrow() {
-            pool.reap(&mut done);
-        }
-        for (token, result) in done.drain(..) {
-            self.dispatch(token, result);
-        }
-        let mut own = self.done.borrow_mut();
-        if own.is_empty() {
-            *own = done;
-        }
-    }
-
-    fn dispatch(&self, token: Token, result: i32) {
-        let mut table = self.table.borrow_mut();
-        match table.report(token, result) {
-            Outcome::Again => self.reissue(&mut table, token),
-            Outcome::Done(request, waker) => {
-                drop(table);
-                drop(request);
-                if let Some(waker) = waker {
-                    waker.wake();
-                }
-            }
-        }
-    }
-
-    /// Waits until no operation is in flight whose future is gone.
-    fn drain(&self) {
-        while self.table.borrow().abandoned() > 0 {
-            self.turn(true);
-        }
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        self.tasks.clear();
-        // Every future holds the ring, so there is none any more.
-        self.drain();
-    }
-}
-
-/// A `block_on` under way.
-struct Scope<'a>(&'a Inner);
-
-impl<'a> Scope<'a> {
-    fn new(inner: &'a Inner) -> Self {
-        inner.depth.set(inner.depth.get() + 1);
-        Scope(inner)
-    }
-}
-
-impl Drop for Scope<'_> {
-    fn drop(&mut self) {
-        let depth = self.0.depth.get() - 1;
-        self.0.depth.set(depth);
-        if depth == 0 {
-            self.0.tasks.clear();
-            self.0.drain();
-        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use super::Ring;
-use super::op::Token;
+use super::table::Token;
 
 /// An operation; its result is a number of bytes or, for a wait, `POLL` bits. It begins when it
 /// is first polled. Dropped early, it goes on, and the ring keeps its memory.
@@ -32,7 +32,7 @@ impl Future for Operation {
         let Some(token) = self.token else {
             return Poll::Ready(Err(io::Error::other("polled after its completion")));
         };
-        let result = self.ring.poll_operation(token, cx.waker());
+        let result = self.ring.0.poll(token, cx.waker());
         if result.is_ready() {
             self.token = None;
         }
@@ -43,7 +43,7 @@ impl Future for Operation {
 impl Drop for Operation {
     fn drop(&mut self) {
         if let Some(token) = self.token {
-            self.ring.abandon(token);
+            self.ring.0.abandon(token);
         }
     }
 }

@@ -8,7 +8,8 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::{io, thread};
 
-use super::op::{Call, Kind, Request, Token};
+use super::op::{Call, Kind, Request};
+use super::table::Token;
 use super::tasks::{Ready, lock};
 
 /// As many as a disk of a few spindles or a page cache keeps busy; more would only contend.

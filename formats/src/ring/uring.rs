@@ -8,7 +8,8 @@ use std::time::Duration;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode, squeue};
 
-use super::op::{Kind, Request, Token};
+use super::op::{Kind, Request};
+use super::table::Token;
 use super::tasks::Ready;
 
 /// Submission queue entries; more operations than that are submitted in several goes.

@@ -3,7 +3,8 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-use super::op::{Request, Token};
+use super::op::Request;
+use super::table::Token;
 use super::tasks::Ready;
 
 /// The files waited for.
@@ -30,6 +31,9 @@ impl Waits {
 
     /// Looks, or with `wait` waits, for files that are readable and for a notification.
     pub(super) fn enter(&mut self, ready: &Ready, wait: bool, done: &mut Vec<(Token, i32)>) {
+        if !wait && self.tokens.is_empty() {
+            return;
+        }
         self.polls.push(pollfd(ready.as_fd().as_raw_fd()));
         let timeout = if wait { -1 } else { 0 };
         // SAFETY: the pointer and the length are those of one vector.
