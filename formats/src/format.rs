@@ -120,18 +120,36 @@ pub struct Image {
     pub options: Vec<(&'static str, OptionValue)>,
 }
 
-/// All registered formats, sorted by name. Two of one name are an error.
+/// All registered formats, sorted by name. Two of one name, or for one extension, are an error.
 pub fn formats() -> Result<Vec<&'static Format>, OpenError> {
-    let mut all: Vec<_> = inventory::iter::<Format>.into_iter().collect();
+    check(inventory::iter::<Format>.into_iter().collect())
+}
+
+fn check(mut all: Vec<&'static Format>) -> Result<Vec<&'static Format>, OpenError> {
     all.sort_by_key(|format| format.name);
-    match all.windows(2).find(|pair| pair[0].name == pair[1].name) {
-        Some(pair) => Err(OpenError {
-            message: format!("format `{}` is registered twice", pair[0].name),
-            help: Some("leave one of the two plug-ins out of this build".into()),
-            key: "format",
-        }),
-        None => Ok(all),
+    let twice = |what: String| OpenError {
+        message: what,
+        help: Some("leave one of the two plug-ins out of this build".into()),
+        key: "format",
+    };
+    for (at, format) in all.iter().enumerate() {
+        for other in &all[..at] {
+            if other.name == format.name {
+                return Err(twice(format!(
+                    "format `{}` is registered twice",
+                    format.name
+                )));
+            }
+            let mut shared = format.extensions.iter();
+            if let Some(extension) = shared.find(|it| other.extensions.contains(it)) {
+                return Err(twice(format!(
+                    "extension `{extension}` is claimed by the formats `{}` and `{}`",
+                    other.name, format.name
+                )));
+            }
+        }
     }
+    Ok(all)
 }
 
 /// Finds a format by name.
@@ -152,4 +170,54 @@ pub fn for_extension(extension: &str) -> Option<&'static Format> {
 /// The format of a raw image, for the option `sparse`: thin, or fully allocated.
 pub fn raw_for(sparse: bool) -> &'static str {
     if sparse { "sparse-raw" } else { "raw" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn named(name: &'static str, extensions: &'static [&'static str]) -> Format {
+        Format {
+            name,
+            extensions,
+            description: "",
+            abilities: &[],
+            options: &[],
+            open: |_, _| Box::pin(std::future::pending()),
+            create: |_| Ok(()),
+        }
+    }
+
+    static A: Format = named("a", &["x", "y"]);
+    static A_TOO: Format = named("a", &[]);
+    static B: Format = named("b", &["z"]);
+    static C: Format = named("c", &["y"]);
+
+    #[test]
+    fn formats_are_sorted_by_name() {
+        let sorted = check(vec![&B, &A]).unwrap();
+        assert_eq!([sorted[0].name, sorted[1].name], ["a", "b"]);
+    }
+
+    #[test]
+    fn two_formats_of_one_name_or_extension_are_an_error() {
+        for (other, message) in [
+            (&A_TOO, "format `a` is registered twice"),
+            (&C, "extension `y` is claimed by the formats `a` and `c`"),
+        ] {
+            let error = check(vec![other, &B, &A]).err().unwrap();
+            assert_eq!(error.message, message);
+            assert_eq!(error.key, "format");
+        }
+    }
+
+    #[test]
+    fn an_error_is_shown_with_what_to_do() {
+        let error = OpenError {
+            message: "no".into(),
+            help: Some("try".into()),
+            key: "path",
+        };
+        assert_eq!(error.to_string(), "no\nhelp: try");
+    }
 }

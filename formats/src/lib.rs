@@ -6,6 +6,7 @@
 
 mod buffer;
 mod disk;
+mod ephemeral;
 mod format;
 mod host_file;
 mod raw;
@@ -16,6 +17,7 @@ mod testing;
 
 pub use buffer::Buffer;
 pub use disk::{Disk, Limits, Pending};
+pub use ephemeral::ephemeral;
 pub use format::{
     Format, FormatOption, Image, OpenError, Opening, OptionKind, OptionValue, find, for_extension,
     formats, raw_for,

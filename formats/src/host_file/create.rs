@@ -76,3 +76,19 @@ fn link(file: &OwnedFd, path: &Path) -> io::Result<()> {
         AtFlags::SYMLINK_FOLLOW,
     )?)
 }
+
+/// A file without a name. Where the file system has none such, it has one for a moment.
+pub(super) fn nameless(directory: &Path) -> io::Result<OwnedFd> {
+    let private = Mode::RUSR | Mode::WUSR;
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    match rustix::fs::open(directory, flags | OFlags::TMPFILE, private) {
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {
+            let name = format!(".ephemeral-{}", std::process::id());
+            let path = directory.join(name);
+            let file = rustix::fs::open(&path, flags | OFlags::CREATE | OFlags::EXCL, private)?;
+            fs::remove_file(&path)?;
+            Ok(file)
+        }
+        result => Ok(result?),
+    }
+}

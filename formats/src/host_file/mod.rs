@@ -51,6 +51,26 @@ enum Kind {
 }
 
 impl HostFile {
+    /// A file of `size` zero bytes without a name in a directory, which vanishes with the last
+    /// reference to it.
+    pub fn temporary(ring: &Ring, directory: &Path, size: u64) -> io::Result<HostFile> {
+        let fd = create::nameless(directory)?;
+        rustix::fs::ftruncate(&fd, size)?;
+        let stat = rustix::fs::fstat(&fd)?;
+        Ok(HostFile {
+            ring: ring.clone(),
+            file: fd.into(),
+            path: directory.into(),
+            size: Cell::new(size),
+            kind: Kind::Regular,
+            direct: None,
+            block: u32::try_from(stat.st_blksize).unwrap_or(4096),
+            zeroes: OnceCell::new(),
+            no_punch: Cell::new(false),
+            no_zero_range: Cell::new(false),
+        })
+    }
+
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.size.get()

@@ -16,7 +16,7 @@ use rustix::fs::OFlags;
 
 use super::*;
 use crate::Buffer;
-use crate::testing::{bytes, engines, run, segments};
+use crate::testing::{allocations, bytes, engines, run, segments};
 
 /// Runs a test on each engine.
 fn each(test: impl Fn(&Ring)) {
@@ -238,6 +238,38 @@ fn ten_thousand_operations_are_in_flight_at_once() {
                 }
             }),
         );
+    });
+}
+
+#[test]
+fn an_operation_allocates_nothing() {
+    each(|ring| {
+        let event = eventfd(EventfdFlags::empty());
+        let memory = segments(&[1; 4096]);
+        let (cached, engine) = (file(), engine_file(&[1; 8192]));
+        let round = async || {
+            for file in [&cached, &engine] {
+                ring.write_all_at(file, 4096, memory.clone()).await.unwrap();
+                ring.read_exact_at(file, 4096, memory.clone())
+                    .await
+                    .unwrap();
+            }
+            ring.fdatasync(&cached).await.unwrap();
+            signal(&event, 1);
+            ring.read_eventfd(&event).await.unwrap();
+        };
+        run(ring, async {
+            // A thread may yet be started in one batch, but not in each.
+            let mut fewest = u64::MAX;
+            for _ in 0..10 {
+                let before = allocations();
+                for _ in 0..20 {
+                    round().await;
+                }
+                fewest = fewest.min(allocations() - before);
+            }
+            assert_eq!(fewest, 0);
+        });
     });
 }
 

@@ -7,8 +7,8 @@ use std::rc::Rc;
 use std::task::{Poll, Waker};
 use std::time::SystemTime;
 
-use crate::testing::{Random, bytes, directory, engines, image, open, run};
-use crate::{Buffer, Disk, Engine, Image, Ring, Segments};
+use crate::testing::{Random, bytes, directory, engines, image, open, run, segments};
+use crate::{Buffer, Disk, Image, Ring, Segments};
 
 /// One run of random operations against a flat model.
 struct Model {
@@ -149,57 +149,111 @@ impl Model {
     }
 }
 
-/// Runs `count` random operations, and compares the image afterwards.
-fn model(engine: Engine, format: &str, o_direct: bool, block_size: u32, seed: u64, count: u32) {
-    let directory = directory();
-    let path = directory.path().join("a.img");
-    let image = Image {
-        o_direct,
-        block_size,
-        size: Some(MOST / 2),
-        ..image(&path)
-    };
-    let ring = Ring::new(engine).unwrap();
-    let disk = open(&ring, format, &image).unwrap();
+/// Runs `count` random operations on a disk that holds `content`, and returns what it holds
+/// afterwards.
+fn run_model(ring: &Ring, disk: Box<dyn Disk>, content: Vec<u8>, case: &Case) -> Vec<u8> {
     let mut model = Model {
         ring: ring.clone(),
         discard: disk.limits().discard_granularity > 0,
         disk: Rc::new(disk),
-        content: vec![0; MOST as usize / 2],
-        random: Random::new(seed),
-        block: block_size.into(),
+        content,
+        random: Random::new(case.seed),
+        block: case.block_size.into(),
         flying: Rc::default(),
         waiting: Rc::default(),
     };
-    run(&ring, async {
-        for _ in 0..count {
+    run(ring, async {
+        for _ in 0..case.count {
             model.step().await;
         }
         model.below(1).await;
+        let memory = segments(&vec![9; model.content.len()]);
+        model.disk.read(0, memory.clone()).await.unwrap();
+        assert!(bytes(&memory) == model.content, "the whole disk");
     });
     let Ok(disk) = Rc::try_unwrap(model.disk) else {
         panic!("the disk is in use");
     };
-    run(&ring, disk.close()).unwrap();
-    assert!(fs::read(&path).unwrap() == model.content, "the image");
+    run(ring, disk.close()).unwrap();
+    model.content
 }
 
-#[test]
-fn a_raw_image_behaves_like_a_flat_array_of_bytes() {
+struct Case {
+    o_direct: bool,
+    block_size: u32,
+    seed: u64,
+    count: u32,
+}
+
+/// Runs a test in each engine, with each block size, with and without O_DIRECT.
+fn cases(count: u32, test: impl Fn(&Ring, &Case)) {
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_nanos() as u64;
     let seed = match std::env::var("SEED") {
         Ok(seed) => seed.parse().unwrap(),
         Err(_) => now,
     };
-    eprintln!("again with: SEED={seed} cargo test -p formats flat_array");
+    eprintln!("again with: SEED={seed} cargo test -p formats model");
     for engine in engines() {
-        for format in ["raw", "sparse-raw"] {
-            for o_direct in [false, true] {
-                for block_size in [512, 4096] {
-                    eprintln!("{engine:?} {format} o_direct {o_direct} {block_size}");
-                    model(engine, format, o_direct, block_size, seed, 6500);
-                }
+        for o_direct in [false, true] {
+            for block_size in [512, 4096] {
+                let case = Case {
+                    o_direct,
+                    block_size,
+                    seed,
+                    count,
+                };
+                eprintln!("{engine:?}, o_direct {o_direct}, block_size {block_size}");
+                test(&Ring::new(engine).unwrap(), &case);
             }
         }
     }
+}
+
+/// Runs the model on an image of each kind: 104,000 operations in all.
+fn raw_model(format: &str) {
+    cases(6500, |ring, case| {
+        let directory = directory();
+        let path = directory.path().join("a.img");
+        let image = Image {
+            o_direct: case.o_direct,
+            block_size: case.block_size,
+            size: Some(MOST / 2),
+            ..image(&path)
+        };
+        let disk = open(ring, format, &image).unwrap();
+        let content = run_model(ring, disk, vec![0; MOST as usize / 2], case);
+        assert!(fs::read(&path).unwrap() == content, "the image");
+    });
+}
+
+#[test]
+fn a_raw_image_behaves_like_a_flat_array_of_bytes() {
+    raw_model("raw");
+}
+
+#[test]
+fn a_sparse_raw_image_behaves_like_a_flat_array_of_bytes() {
+    raw_model("sparse-raw");
+}
+
+#[test]
+fn an_ephemeral_disk_behaves_like_its_image_and_leaves_it_alone() {
+    cases(2000, |ring, case| {
+        let directory = directory();
+        let path = directory.path().join("a.img");
+        let content: Vec<u8> = (0..MOST as u32 / 2).map(|i| (i % 251) as u8).collect();
+        fs::write(&path, &content).unwrap();
+        let image = Image {
+            ro: true,
+            o_direct: case.o_direct,
+            block_size: case.block_size,
+            ..image(&path)
+        };
+        let base = open(ring, "raw", &image).unwrap();
+        let disk = crate::ephemeral(ring, &image, base).unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        run_model(ring, disk, content.clone(), case);
+        assert!(fs::read(&path).unwrap() == content, "the image");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+    });
 }
