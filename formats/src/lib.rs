@@ -3,6 +3,41 @@
 //! [`Disk`] is an open image; a [`Format`] opens and creates images and registers itself with
 //! [`inventory`]. All I/O goes through a [`Ring`], one for each thread that serves a disk. This
 //! crate knows nothing of virtio, KVM or configuration files: it compiles and tests alone.
+//!
+//! ```
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let directory = tempfile::tempdir()?;
+//! # let path = directory.path().join("disk.img");
+//! use formats::{Buffer, Engine, Image, Ring, Segments};
+//!
+//! let image = Image {
+//!     path,
+//!     ro: false,
+//!     sparse: true,
+//!     o_direct: false,
+//!     block_size: 512,
+//!     lock: true,
+//!     size: Some(1 << 20),
+//!     backing: None,
+//!     format_written: false,
+//!     options: Vec::new(),
+//! };
+//! let format = formats::find(formats::raw_for(image.sparse)).ok_or("no such format")?;
+//! let ring = Ring::new(Engine::Auto)?;
+//! let first_sector = ring.block_on(
+//!     async {
+//!         let disk = (format.open)(&ring, &image).await?;
+//!         let memory = Segments::from_buffer(Buffer::zeroed(512, 512)?);
+//!         disk.read(0, memory.clone()).await?;
+//!         disk.close().await?;
+//!         Ok::<_, Box<dyn std::error::Error>>(memory.into_buffer())
+//!     },
+//!     || {},
+//! )?;
+//! assert_eq!(first_sector.as_deref(), Some(&[0; 512][..]));
+//! # Ok(())
+//! # }
+//! ```
 
 mod buffer;
 mod disk;

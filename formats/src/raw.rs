@@ -67,7 +67,7 @@ async fn open(ring: &Ring, image: &Image, sparse: bool) -> Result<Box<dyn Disk>,
     };
     if let Err(error) = grown {
         if created {
-            // Nobody else can have come to use it: it is locked.
+            // It has not been there, and under the lock nobody else has come to use it.
             let _ = std::fs::remove_file(&image.path);
         }
         return Err(error);

@@ -58,7 +58,7 @@ impl Marks {
                 break;
             }
         }
-        (marked, (at * self.block).min(end) - offset)
+        (marked, (at * self.block).min(end).saturating_sub(offset))
     }
 
     /// The marks of `block` and of those after it in the same word, lowest first.

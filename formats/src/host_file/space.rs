@@ -149,7 +149,8 @@ impl HostFile {
             .saturating_mul(512);
         let host = rustix::fs::fstatvfs(&self.file)?;
         let free = host.f_bfree.saturating_mul(host.f_frsize);
-        match size.saturating_sub(has) > free {
+        // Some file systems do not know how large they are.
+        match host.f_blocks > 0 && size.saturating_sub(has) > free {
             true => Err(Errno::NOSPC.into()),
             false => Ok(()),
         }

@@ -59,6 +59,29 @@ impl Shortcut {
     }
 }
 
+impl Shortcut {
+    /// After a transfer that would have had to wait, the last of some in a row.
+    fn after_miss(before: u32) -> Shortcut {
+        let misses = (before + 1).min(6);
+        Shortcut::Nowait {
+            misses,
+            skip: (1 << misses) - 1,
+        }
+    }
+
+    /// After a plain call.
+    fn after_call(watch: u32, start: Instant, took: Duration, len: usize) -> Shortcut {
+        let held_up = took > PROMPT + Duration::from_nanos(len as u64);
+        Shortcut::Timed {
+            after: (held_up && watch > 0).then(|| start + took * (REST + 1)),
+            watch: match held_up {
+                true => WATCH,
+                false => watch.saturating_sub(1),
+            },
+        }
+    }
+}
+
 /// Tries a request at once. Returns what the kernel returned (a count, or a negated errno), or
 /// `None` if the engine is to be asked.
 pub(super) fn attempt(request: &Request) -> Option<i32> {
@@ -78,11 +101,7 @@ pub(super) fn attempt(request: &Request) -> Option<i32> {
             let result = transfer(request, libc::RWF_NOWAIT);
             let (next, result) = match -result {
                 libc::EOPNOTSUPP => (Shortcut::PLAIN, None),
-                libc::EAGAIN => {
-                    let misses = (misses + 1).min(6);
-                    let skip = (1 << misses) - 1;
-                    (Shortcut::Nowait { misses, skip }, None)
-                }
+                libc::EAGAIN => (Shortcut::after_miss(misses), None),
                 // Nothing is cached at the end of the file: the engine knows for certain.
                 0 => (Shortcut::Nowait { misses, skip: 0 }, None),
                 _ => (Shortcut::Nowait { misses: 0, skip: 0 }, Some(result)),
@@ -105,21 +124,7 @@ pub(super) fn attempt(request: &Request) -> Option<i32> {
             }
             let result = transfer(request, 0);
             let took = start.elapsed();
-            let held_up = took > PROMPT + Duration::from_nanos(len as u64);
-            shortcut.set(match (held_up, watch) {
-                (false, watch) => Shortcut::Timed {
-                    after: None,
-                    watch: watch.saturating_sub(1),
-                },
-                (true, 0) => Shortcut::Timed {
-                    after: None,
-                    watch: WATCH,
-                },
-                (true, _) => Shortcut::Timed {
-                    after: Some(start + took * (REST + 1)),
-                    watch: WATCH,
-                },
-            });
+            shortcut.set(Shortcut::after_call(watch, start, took, len));
             Some(result)
         }
     }
@@ -140,4 +145,48 @@ fn transfer(request: &Request, flags: i32) -> i32 {
         }
     };
     super::pool::negated(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SLOW: Duration = Duration::from_millis(1);
+    const FAST: Duration = Duration::from_micros(5);
+
+    /// Whether the calls after these, one after the other, are left to the engine.
+    fn rests_after(calls: &[Duration]) -> bool {
+        let start = Instant::now();
+        let mut watch = 0;
+        calls.iter().any(|took| {
+            let next = Shortcut::after_call(watch, start, *took, 4096);
+            let Shortcut::Timed { after, watch: left } = next else {
+                panic!("{next:?}");
+            };
+            watch = left;
+            after.is_some_and(|after| after == start + *took * 17)
+        })
+    }
+
+    #[test]
+    fn one_call_held_up_is_an_accident_and_two_are_not() {
+        assert!(!rests_after(&[FAST; 20]));
+        assert!(!rests_after(&[FAST, SLOW, FAST]));
+        assert!(rests_after(&[SLOW, SLOW]));
+        let mut apart = vec![FAST; 8];
+        apart.insert(0, SLOW);
+        apart.push(SLOW);
+        assert!(!rests_after(&apart));
+        apart.remove(1);
+        assert!(rests_after(&apart));
+    }
+
+    #[test]
+    fn what_is_not_cached_is_asked_for_ever_more_rarely() {
+        let skips = (0..8).map(|before| match Shortcut::after_miss(before) {
+            Shortcut::Nowait { skip, .. } => skip,
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(skips.collect::<Vec<_>>(), [1, 3, 7, 15, 31, 63, 63, 63]);
+    }
 }
