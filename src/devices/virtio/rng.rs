@@ -33,6 +33,8 @@ const MAX_FILL: usize = 64 << 10;
 #[derive(Debug, Default)]
 pub struct Rng {
     serving: Option<Serving>,
+    /// Limits what a guest can have us log, over its resets too.
+    guest_errors: Arc<Throttle>,
 }
 
 /// A thread that serves the virtqueue, and the eventfd that ends it.
@@ -75,9 +77,10 @@ impl Device for Rng {
         let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
         let stopped = stop.try_clone()?;
         let (answer, started) = mpsc::sync_channel(1);
+        let guest_errors = Arc::clone(&self.guest_errors);
         let thread = thread::Builder::new()
             .name("rng".into())
-            .spawn(move || run(activation, &stopped, &answer))?;
+            .spawn(move || run(activation, &stopped, &answer, &guest_errors))?;
         self.serving = Some(Serving { stop, thread });
         let panicked = |_| Err(io::Error::other("the thread has panicked"));
         let started = started.recv().unwrap_or_else(panicked);
@@ -108,7 +111,12 @@ impl Drop for Rng {
 }
 
 /// The thread: serves until `stop` is signalled, or the ring is broken.
-fn run(activation: Activation, stop: &OwnedFd, answer: &SyncSender<io::Result<()>>) {
+fn run(
+    activation: Activation,
+    stop: &OwnedFd,
+    answer: &SyncSender<io::Result<()>>,
+    guest_errors: &Throttle,
+) {
     let Activation {
         memory,
         features,
@@ -130,14 +138,20 @@ fn run(activation: Activation, stop: &OwnedFd, answer: &SyncSender<io::Result<()
         }
     };
     let _ = answer.send(Ok(()));
-    if let Err(error) = serve(&mut queue, &kick, stop) {
-        tracing::warn!("entropy device needs reset: {error}");
+    if let Err(error) = serve(&mut queue, &kick, stop, guest_errors) {
+        if let Some(held_back) = guest_errors.pass() {
+            tracing::warn!(held_back, "entropy device needs reset: {error}");
+        }
         interrupt.needs_reset();
     }
 }
 
-fn serve(queue: &mut Virtqueue, kick: &OwnedFd, stop: &OwnedFd) -> io::Result<()> {
-    let guest_errors = Throttle::default();
+fn serve(
+    queue: &mut Virtqueue,
+    kick: &OwnedFd,
+    stop: &OwnedFd,
+    guest_errors: &Throttle,
+) -> io::Result<()> {
     let mut scratch = Scratch::default();
     let mut heads = Vec::with_capacity(usize::from(QUEUE_SIZE));
     loop {
@@ -145,8 +159,8 @@ fn serve(queue: &mut Virtqueue, kick: &OwnedFd, stop: &OwnedFd) -> io::Result<()
         for head in heads.drain(..) {
             let len = match queue.chain(head, &mut scratch) {
                 Ok(chain) if !chain.writable.is_empty() => fill(chain.writable)?,
-                Ok(_) => refuse(&guest_errors, "a chain with nothing to write to"),
-                Err(broken) => refuse(&guest_errors, broken.reason),
+                Ok(_) => refuse(guest_errors, "a chain with nothing to write to"),
+                Err(broken) => refuse(guest_errors, broken.reason),
             };
             queue.give_back(head, len)?;
         }
@@ -178,7 +192,8 @@ fn fill(mut buffer: Segments) -> io::Result<u32> {
     let mut bytes = [0; 4096];
     let mut filled = 0;
     while filled < MAX_FILL && !buffer.is_empty() {
-        let len = match getrandom(&mut bytes, GetRandomFlags::empty()) {
+        let wanted = buffer.len().min(bytes.len());
+        let len = match getrandom(&mut bytes[..wanted], GetRandomFlags::empty()) {
             Ok(len) => buffer.copy_from(&bytes[..len]),
             Err(Errno::INTR) => continue,
             Err(error) => return Err(error.into()),

@@ -27,6 +27,7 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::{Activation, Device, Interrupt};
+use crate::devices::throttle::Throttle;
 use features::{CONFIG_WRITEBACK, Profile, QUEUE_SIZE, SECTOR_SIZE, has};
 use worker::Command;
 
@@ -91,6 +92,8 @@ struct Shared {
     writeback: AtomicBool,
     counters: Counters,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+    /// Limits what a guest can have us log.
+    guest_errors: Throttle,
 }
 
 impl Shared {
@@ -151,6 +154,7 @@ impl Blk {
             writeback: AtomicBool::new(true),
             counters: Counters::default(),
             interrupt: Mutex::new(None),
+            guest_errors: Throttle::default(),
         });
         let (commands, receiver) = mpsc::channel();
         let (opened, profile) = mpsc::sync_channel(1);
@@ -313,8 +317,10 @@ impl Device for Blk {
     }
 
     fn reset(&mut self) {
-        if let Err(error) = self.handle.call(Command::Reset) {
-            tracing::error!("a disk cannot be reset: {error}");
+        if let Err(error) = self.handle.call(Command::Reset)
+            && let Some(held_back) = self.handle.shared.guest_errors.pass()
+        {
+            tracing::error!(held_back, "a disk cannot be reset: {error}");
         }
         self.features = None;
         self.handle.shared.writeback.store(true, Ordering::Release);

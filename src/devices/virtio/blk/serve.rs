@@ -73,17 +73,20 @@ impl Reply {
     /// Writes the status after `written` bytes of data. Returns the used length: what was
     /// written from the first device-writable byte on (section 2.7.8.2).
     fn write(&self, status: Status, written: usize) -> u32 {
+        // The status counts only if all the data before it was written. Yet a driver may take 0
+        // for a request that the device never looked at, so one byte of the data is written.
+        let len = match written {
+            _ if written == self.len => written + 1,
+            0 => {
+                self.first.fill(0);
+                1
+            }
+            _ => written,
+        };
+        // Last: a driver may let its buffers overlap.
         self.status.copy_from(&[status as u8]);
-        if written == self.len {
-            // A chain has 2^32 bytes at most, 16 of them the header.
-            return u32::try_from(written + 1).unwrap_or(u32::MAX);
-        }
-        // The status lies behind data that was not written, so it does not count. A driver may
-        // yet take 0 for a request that the device never looked at: one byte it shall be.
-        if written == 0 {
-            self.first.fill(0);
-        }
-        u32::try_from(written.max(1)).unwrap_or(u32::MAX)
+        // A chain has 2^32 bytes at most, 16 of them the header.
+        u32::try_from(len).unwrap_or(u32::MAX)
     }
 }
 
@@ -272,16 +275,19 @@ impl Worker {
 
     /// The rings make no sense: nothing is taken any more until the driver resets the device.
     pub(super) fn break_off(&self, serving: &mut Serving, why: &dyn fmt::Display) {
-        if !std::mem::replace(&mut serving.broken, true) {
-            tracing::warn!(disk = self.name, "device needs reset: {why}");
-            serving.interrupt.needs_reset();
+        if std::mem::replace(&mut serving.broken, true) {
+            return;
         }
+        if let Some(held_back) = self.shared.guest_errors.pass() {
+            tracing::warn!(disk = self.name, held_back, "device needs reset: {why}");
+        }
+        serving.interrupt.needs_reset();
     }
 
     /// Logs a request that got no further than its checks.
     fn refused(&self, reason: &str, what: &dyn fmt::Display) {
         self.shared.counters.refused.add(1);
-        if let Some(held_back) = self.guest_errors.pass() {
+        if let Some(held_back) = self.shared.guest_errors.pass() {
             tracing::warn!(disk = self.name, held_back, "guest error: {reason}: {what}");
         }
     }

@@ -80,7 +80,6 @@ pub(super) struct Worker {
     pub(super) shared: Arc<Shared>,
     pub(super) serving: RefCell<Option<Serving>>,
     pub(super) scratch: RefCell<Scratch>,
-    pub(super) guest_errors: Throttle,
     pub(super) host_errors: Throttle,
     pub(super) gate: Cell<Gate>,
     /// Slots without a job.
@@ -178,7 +177,6 @@ impl Worker {
             shared: Arc::clone(shared),
             serving: RefCell::default(),
             scratch: RefCell::default(),
-            guest_errors: Throttle::default(),
             host_errors: Throttle::default(),
             gate: Cell::default(),
             free: RefCell::default(),

@@ -222,6 +222,14 @@ fn empty_buffers_are_passed_over() {
 }
 
 #[test]
+fn a_status_that_overlaps_the_data_still_says_ioerr() {
+    let (mut guest, script) = reader();
+    script.fail(|_| true, libc::EIO);
+    let buffers = [readable(HEADER, 16), writable(DATA, 512), writable(DATA, 1)];
+    assert_eq!(guest.chain_request(&buffers).status, IOERR);
+}
+
+#[test]
 fn section_2_7_5_2_lengths_of_2_32_are_no_alias_of_small_ones() {
     let (mut guest, script) = reader();
     for buffers in [

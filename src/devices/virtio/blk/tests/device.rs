@@ -296,30 +296,28 @@ fn section_2_7_10_2_spurious_notifications_do_nothing() {
 }
 
 #[test]
-fn the_rings_wrap_around() {
-    for declined in [0, 1 << VIRTIO_RING_F_EVENT_IDX] {
+fn the_rings_and_their_indices_wrap_around() {
+    for (declined, queue_size) in [(0, 4), (0, 256), (1 << VIRTIO_RING_F_EVENT_IDX, 256)] {
         let setup = Setup {
             declined,
-            queue_size: 4,
+            queue_size,
             ..Setup::raw()
         };
         let mut guest = setup.boot();
-        // More than 65536 chains, so that the indices wrap too.
-        for _ in 0..(65536 / 4 + 8) {
+        let request = [readable(BUFFERS, 16), writable(BUFFERS + 16, 1)];
+        // Indices are 16 bits wide, whatever the size of the ring.
+        let batch = queue_size / 2;
+        for round in 0..0x1_0000 / 128 + 8 {
             let driver = &mut guest.drivers[0];
-            for _ in 0..2 {
-                let head = driver.chain(&[readable(BUFFERS, 16), writable(BUFFERS + 16, 1)]);
+            for _ in 0..batch {
+                let head = driver.chain(&request);
                 driver.offer(head);
             }
             driver.publish();
-            driver.wait_used();
-            driver.wait_used();
-            for _ in 0..2 {
-                let head = driver.chain(&[readable(BUFFERS, 16), writable(BUFFERS + 16, 1)]);
-                driver.submit(head);
-                driver.poll_used(1);
-                driver.used().unwrap();
+            for _ in 0..batch {
+                driver.wait_used();
             }
+            assert_eq!(driver.used_index(), ((round + 1) * u32::from(batch)) as u16);
         }
         guest.still_serves();
     }
