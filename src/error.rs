@@ -2,13 +2,23 @@
 
 use std::fmt;
 
+use crate::exit;
+
 /// What went wrong, where, and what to do: printed once, by `main`.
 #[derive(Debug)]
 pub struct Error {
-    /// Exit code: 1 failed, 2 usage or configuration (see [`crate::cli`]).
+    /// Exit code: one of [`crate::exit`].
     pub exit: u8,
-    message: String,
+    text: Text,
     help: Option<String>,
+}
+
+#[derive(Debug)]
+enum Text {
+    /// One sentence.
+    Message(String),
+    /// Diagnostics, laid out and maybe coloured.
+    Rendered(String),
 }
 
 /// A result with the error that reaches the user.
@@ -17,18 +27,23 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// Something failed on the host or in the guest: exit code 1.
     pub fn failed(message: impl Into<String>) -> Self {
-        Error {
-            exit: 1,
-            message: message.into(),
-            help: None,
-        }
+        Error::new(exit::FAILED, Text::Message(message.into()))
     }
 
     /// The command line or a configuration is wrong: exit code 2.
     pub fn usage(message: impl Into<String>) -> Self {
+        Error::new(exit::USAGE, Text::Message(message.into()))
+    }
+
+    /// Diagnostics of a configuration that are laid out already, each with its own "error: ".
+    pub(crate) fn rendered(text: String) -> Self {
+        Error::new(exit::USAGE, Text::Rendered(text))
+    }
+
+    fn new(exit: u8, text: Text) -> Self {
         Error {
-            exit: 2,
-            message: message.into(),
+            exit,
+            text,
             help: None,
         }
     }
@@ -42,7 +57,10 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "error: {}", self.message)?;
+        match &self.text {
+            Text::Message(message) => write!(f, "error: {message}")?,
+            Text::Rendered(text) => f.write_str(text.trim_end())?,
+        }
         match &self.help {
             Some(help) => write!(f, "\nhelp: {help}"),
             None => Ok(()),
@@ -51,3 +69,31 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+impl From<formats::OpenError> for Error {
+    fn from(error: formats::OpenError) -> Self {
+        Error {
+            help: error.help,
+            ..Error::failed(error.message)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn message_and_help_are_two_lines() {
+        let error = Error::failed("no room").help("free some");
+        assert_eq!(error.to_string(), "error: no room\nhelp: free some");
+        assert_eq!(error.exit, 1);
+    }
+
+    #[test]
+    fn rendered_diagnostics_are_printed_as_they_are() {
+        let error = Error::rendered("error: a\n --> b\n".into());
+        assert_eq!(error.to_string(), "error: a\n --> b");
+        assert_eq!(error.exit, 2);
+    }
+}
