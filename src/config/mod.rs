@@ -1,105 +1,132 @@
 //! A VM's configuration as plain data: what vm.toml says, checked, defaults filled in.
+//!
+//! [`load`] reads a file and reports every mistake of it in one run. The options are declared in
+//! `vm.rs` and `block.rs`, each once: [`KEYS`] describes them all.
 
-use std::path::PathBuf;
-use std::time::Duration;
+mod block;
+mod diagnostic;
+mod file;
+mod image_format;
+mod kinds;
+mod lines;
+mod nearest;
+mod options;
+mod section;
+pub mod size;
+mod syntax;
+mod value;
+mod vm;
 
-use formats::OptionValue;
+use std::cell::RefCell;
+use std::io::IsTerminal;
+use std::path::Path;
 
-/// A VM: one TOML file.
-#[derive(Clone, Debug)]
-pub struct Vm {
-    /// The file it was read from.
-    pub file: PathBuf,
-    /// Name of the VM. Default: the file's stem.
-    pub name: String,
-    /// Number of vCPUs.
-    pub cpus: u32,
-    /// Size of guest memory in bytes.
-    pub memory: u64,
-    /// What to boot.
-    pub boot: Boot,
-    /// Disks, in the order of their device names.
-    pub block: Vec<Block>,
-    /// The serial console.
-    pub console: Console,
-    /// When to restart and how to stop.
-    pub lifecycle: Lifecycle,
+use annotate_snippets::Renderer;
+use formats::Format;
+
+pub use self::block::Block;
+use self::diagnostic::Diagnostic;
+use self::lines::Lines;
+use self::options::Table;
+pub use self::options::{Absent, Key, Takes};
+use self::section::{Context, Section};
+pub use self::vm::{Boot, Console, ConsoleMode, Lifecycle, OnReboot, Vm};
+use crate::{Error, Result};
+
+/// The keys at the top of a VM's file; the tables' are below them.
+pub const KEYS: &[Key] = Vm::KEYS;
+
+/// Reads a VM's file.
+///
+/// The error (exit code 2) shows every mistake of the file with its line and column, in colour if
+/// standard error is a terminal. Files that the VM names are not looked at.
+pub fn load(file: &Path) -> Result<Vm> {
+    let bytes = file::read(file)?;
+    let formats = formats::formats()?;
+    let home = std::env::home_dir();
+    let source = Source {
+        file,
+        home: home.as_deref(),
+        formats: &formats,
+    };
+    parse(&bytes, &source, &renderer()).map_err(Error::rendered)
 }
 
-/// What to boot.
-#[derive(Clone, Debug)]
-pub struct Boot {
-    /// bzImage, or ELF vmlinux with a PVH note.
-    pub kernel: PathBuf,
-    /// Initial RAM disk.
-    pub initrd: Option<PathBuf>,
-    /// Appended to what launcher generates.
-    pub cmdline: String,
+/// Where a text comes from, and what it is read with.
+struct Source<'a> {
+    file: &'a Path,
+    home: Option<&'a Path>,
+    formats: &'a [&'static Format],
 }
 
-/// A disk.
-#[derive(Clone, Debug)]
-pub struct Block {
-    /// File or host block device, already resolved against the TOML file's folder.
-    pub path: PathBuf,
-    /// Name of the format, resolved from the extension where none was written.
-    pub format: String,
-    /// Whether `format` was written out.
-    pub format_written: bool,
-    /// Read-only.
-    pub ro: bool,
-    /// The guest's root file system.
-    pub root: bool,
-    /// Thin with discard, or fully allocated.
-    pub sparse: bool,
-    /// O_DIRECT on the host.
-    pub o_direct: bool,
-    /// Logical block size in bytes.
-    pub block_size: u32,
-    /// Serial number, 1 to 20 printable ASCII characters.
-    pub id: Option<String>,
-    /// Takes locks that QEMU honours too.
-    pub lock: bool,
-    /// Number of virtqueues, 1 to 64.
-    pub queues: u16,
-    /// Size in bytes to create or grow the image to.
-    pub size: Option<u64>,
-    /// Options of the format's own table.
-    pub options: Vec<(&'static str, OptionValue)>,
+/// Reads a VM from text. The error is its diagnostics, laid out.
+fn parse(bytes: &[u8], source: &Source<'_>, renderer: &Renderer) -> Result<Vm, String> {
+    let path = source.file.display().to_string();
+    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
+    let text = String::from_utf8_lossy(bytes);
+    let lines = Lines::new(&text);
+    if let Some(diagnostic) = not_text(bytes) {
+        return Err(diagnostic::render(
+            &path,
+            &lines,
+            vec![diagnostic],
+            0,
+            renderer,
+        ));
+    }
+    let (mended, errors) = syntax::mend(&text);
+    let parsed = syntax::parse(&lines, &mended, errors);
+    let cx = Context {
+        file: source.file,
+        text: &text,
+        home: source.home,
+        formats: source.formats,
+        diagnostics: RefCell::default(),
+    };
+    let vm = Vm::from_section(Section::root(&cx, parsed.table));
+    let mut diagnostics = cx.diagnostics.take();
+    diagnostics.retain(|diagnostic| parsed.damage.spares(&lines, diagnostic));
+    diagnostics.extend(parsed.diagnostics);
+    match vm {
+        Some(vm) if diagnostics.is_empty() => Ok(vm),
+        _ => Err(diagnostic::render(
+            &path,
+            &lines,
+            diagnostics,
+            parsed.hidden,
+            renderer,
+        )),
+    }
 }
 
-/// The serial console.
-#[derive(Clone, Debug)]
-pub struct Console {
-    /// Where it goes.
-    pub mode: ConsoleMode,
-    /// File that what the guest prints is appended to.
-    pub log: Option<PathBuf>,
+/// A file that is no text: where it stops to be one.
+fn not_text(bytes: &[u8]) -> Option<Diagnostic> {
+    if let Err(error) = std::str::from_utf8(bytes) {
+        // In the text shown, one character stands for what is not UTF-8.
+        let at = error.valid_up_to();
+        let shown = char::REPLACEMENT_CHARACTER.len_utf8();
+        return Some(Diagnostic::value(
+            Some(at..at + shown),
+            "this is not UTF-8 text",
+        ));
+    }
+    let nul = bytes.iter().position(|byte| *byte == 0)?;
+    Some(Diagnostic::value(
+        Some(nul..nul + 1),
+        "a NUL byte: this is not text",
+    ))
 }
 
-/// Where the serial console goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ConsoleMode {
-    /// Standard input and output.
-    Stdio,
-    /// The guest has no serial port.
-    Off,
+/// How messages on standard error are laid out.
+fn renderer() -> Renderer {
+    let plain = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
+        || std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    if std::io::stderr().is_terminal() && !plain {
+        Renderer::styled()
+    } else {
+        Renderer::plain()
+    }
 }
 
-/// When to restart and how to stop.
-#[derive(Clone, Debug)]
-pub struct Lifecycle {
-    /// What a guest reboot does.
-    pub on_reboot: OnReboot,
-    /// How long after a power-button press the VM is ended.
-    pub stop_timeout: Duration,
-}
-
-/// What a guest reboot does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnReboot {
-    /// The VM starts again in the same process.
-    Restart,
-    /// `launcher` ends.
-    Stop,
-}
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,172 @@
+//! Disks: `[[block]]`.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::path::PathBuf;
+
+use formats::OptionValue;
+
+use super::diagnostic::{Diagnostic, shortened};
+use super::image_format::{self, Written};
+use super::kinds::{BlockSize, DiskSize, FilePath, Id, Queues, Word};
+use super::options::{Given, Key, Table, default, derived, optional, options, required};
+use super::section::{Context, Section};
+
+options! {
+    /// A disk.
+    pub struct Block, read as GivenBlock {
+        /// The image: a file or a host block device.
+        path: PathBuf = required::<FilePath>("\"disk.img\""),
+        /// Format of the image; `launcher formats` lists them. It is never guessed from content.
+        format: String = derived::<Word>("the one that `path`'s extension stands for"),
+        /// Read-only.
+        ro: bool = default::<bool>("false"),
+        /// The guest's root file system: adds `root=/dev/vdX ro|rw` to the kernel parameters.
+        /// At most one disk.
+        root: bool = default::<bool>("false"),
+        /// true: thin, space that the guest discards is freed. false: fully allocated at start,
+        /// no discard.
+        sparse: bool = default::<bool>("true"),
+        /// O_DIRECT: the host's page cache is passed by.
+        o_direct: bool = default::<bool>("false"),
+        /// Logical block size in bytes.
+        block_size: u32 = default::<BlockSize>("512"),
+        /// Serial number, as the guest sees it in `/sys/block/vdX/serial`.
+        id: Option<String> = optional::<Id>("none"),
+        /// Locks the image against a second writer; QEMU honours these locks too.
+        lock: bool = default::<bool>("true"),
+        /// Number of virtqueues.
+        queues: u16 = default::<Queues>("1"),
+        /// Size of the image: created if absent, grown if smaller, refused if larger.
+        size: Option<u64> = optional::<DiskSize>("as the image is; it must exist"),
+    }
+    computed {
+        /// Whether `format` was written out.
+        format_written: bool,
+        /// Options of the format's own table.
+        options: Vec<(&'static str, OptionValue)>,
+    }
+}
+
+impl Table for Block {
+    const KEYS: &'static [Key] = Block::KEYS;
+
+    fn from_section(section: Section<'_>) -> Option<Self> {
+        Block::from_sections(vec![section])?.pop()
+    }
+
+    fn from_sections(mut sections: Vec<Section<'_>>) -> Option<Vec<Self>> {
+        let given = sections.iter_mut().map(GivenBlock::read);
+        let given: Vec<_> = given.collect();
+        if let Some(section) = sections.first() {
+            relations(section.cx, &given);
+        }
+        let blocks: Vec<_> = given
+            .into_iter()
+            .zip(sections)
+            .map(|(given, section)| given.resolve(section))
+            .collect();
+        blocks.into_iter().collect()
+    }
+}
+
+/// Reports what two disks cannot both be.
+fn relations(cx: &Context<'_>, given: &[GivenBlock]) {
+    let root = |block: &GivenBlock| block.root.value.filter(|root| *root);
+    twice(
+        cx,
+        given,
+        |block| &block.root,
+        root,
+        |_| "`root` is true on two disks, expected one root file system".to_owned(),
+    );
+    let id = |block: &GivenBlock| block.id.value.clone().flatten();
+    twice(
+        cx,
+        given,
+        |block| &block.id,
+        id,
+        |id| format!("`id` is \"{id}\" on two disks, expected another on each"),
+    );
+    let writable = |block: &GivenBlock| {
+        let path = block.path.value.clone();
+        path.filter(|_| block.ro.value == Some(false))
+    };
+    twice(
+        cx,
+        given,
+        |block| &block.path,
+        writable,
+        |path| {
+            let path = shortened(&path.display().to_string());
+            format!("`path` is {path} on two writable disks, expected one")
+        },
+    );
+}
+
+/// Reports each disk of which an earlier one has the same `what`, with both places.
+fn twice<'a, T, U: Hash + Eq>(
+    cx: &Context<'_>,
+    given: &'a [GivenBlock],
+    option: impl Fn(&'a GivenBlock) -> &'a Given<T>,
+    what: impl Fn(&'a GivenBlock) -> Option<U>,
+    title: impl Fn(&U) -> String,
+) where
+    T: 'a,
+{
+    let mut first = HashMap::new();
+    for block in given {
+        let Some(what) = what(block) else { continue };
+        let at = option(block).at.clone();
+        match first.get(&what) {
+            None => drop(first.insert(what, at)),
+            Some(first) => cx.report(
+                Diagnostic::value(at, title(&what)).related(Clone::clone(first), "first here"),
+            ),
+        }
+    }
+}
+
+impl GivenBlock {
+    /// Fills in what follows from other options, and reports those that contradict each other.
+    fn resolve(mut self, mut section: Section<'_>) -> Option<Block> {
+        let cx = section.cx;
+        self.size_in_blocks(cx);
+        let format = image_format::resolve(
+            cx,
+            &Written {
+                path: &self.path,
+                format: &self.format,
+                sparse: &self.sparse,
+            },
+        );
+        let tables = image_format::tables(&mut section, format.as_ref());
+        let mut names: Vec<_> = Block::KEYS.iter().map(|key| key.name).collect();
+        let mut spelled: Vec<_> = Block::KEYS.iter().map(Key::spelled).collect();
+        for format in cx
+            .formats
+            .iter()
+            .filter(|format| !format.options.is_empty())
+        {
+            names.push(format.name);
+            spelled.push(format!("[block.{}]", format.name));
+        }
+        section.unknown_of(&names, &spelled);
+        let written = self.format.at.is_some();
+        self.format.value = Some(format?.name.to_owned());
+        self.finish(written, tables?)
+    }
+
+    /// A declared size is whole blocks.
+    fn size_in_blocks(&self, cx: &Context<'_>) {
+        if let (Some(Some(size)), Some(block_size)) = (self.size.value, self.block_size.value)
+            && !size.is_multiple_of(block_size.into())
+        {
+            let title = format!("`size` is {size} bytes, expected a multiple of `block_size`");
+            cx.report(
+                Diagnostic::value(self.size.at.clone(), title)
+                    .related(self.block_size.at.clone(), "the block size"),
+            );
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! The kinds of values that options take.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::section::Context;
+use super::value::{Leaf, Scalar, Wrong, leaf, whole};
+
+whole! {
+    /// Number of vCPUs: APIC identifiers are 8 bits wide, 255 addresses all.
+    Cpus(u32): 1 to 254
+}
+
+whole! {
+    /// Number of virtqueues.
+    Queues(u16): 1 to 64
+}
+
+leaf! {
+    /// Name of a VM: also a file name in the run-time folder, and a word on the command line.
+    Name(String):
+    "1 to 64 letters, digits, `.`, `_` or `-`, the first no `.` or `-`",
+    |scalar| {
+        let name = scalar.text()?;
+        let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+        if let Some(bad) = name.chars().find(|c| !good(*c)) {
+            return Err(format!("{bad:?} is not allowed").into());
+        }
+        if (1..=64).contains(&name.len()) && !name.starts_with(['.', '-']) {
+            Ok(name)
+        } else {
+            Err(Wrong::default())
+        }
+    }
+}
+
+leaf! {
+    /// Size of guest memory in bytes.
+    Memory(u64): "a size from 2MiB to 1TiB, a multiple of 4KiB", |scalar| {
+        let bytes = scalar.bytes()?;
+        if (2 << 20..=1 << 40).contains(&bytes) && bytes.is_multiple_of(4096) {
+            Ok(bytes)
+        } else {
+            Err(Wrong::default())
+        }
+    }
+}
+
+leaf! {
+    /// Size of a disk in bytes: the kernel's file offsets are signed.
+    DiskSize(u64): "a size of 512 bytes or more, a multiple of 512", |scalar| {
+        let bytes = scalar.bytes()?;
+        if (512..=i64::MAX as u64).contains(&bytes) && bytes.is_multiple_of(512) {
+            Ok(bytes)
+        } else {
+            Err(Wrong::default())
+        }
+    }
+}
+
+leaf! {
+    /// Any size in bytes.
+    Bytes(u64): "a size such as 65536 or \"64KiB\"", Scalar::bytes
+}
+
+leaf! {
+    /// Any whole number.
+    Number(u64): "a whole number", |scalar| {
+        u64::try_from(scalar.whole()?).map_err(|_| Wrong::default())
+    }
+}
+
+leaf! {
+    /// Logical block size in bytes.
+    BlockSize(u32): "a power of two, 512 to 65536", |scalar| {
+        match u32::try_from(scalar.bytes()?) {
+            Ok(bytes) if bytes.is_power_of_two() && (512..=65536).contains(&bytes) => Ok(bytes),
+            _ => Err(Wrong::default()),
+        }
+    }
+}
+
+leaf! {
+    /// Serial number of a disk: VIRTIO_BLK_ID_BYTES is 20 (virtio 1.3 section 5.2.6).
+    Id(String): "1 to 20 printable ASCII characters", |scalar| {
+        let id = scalar.text()?;
+        let printable = id.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+        if printable && (1..=20).contains(&id.len()) {
+            Ok(id)
+        } else if printable && !id.is_empty() {
+            Err(format!("it has {} characters", id.len()).into())
+        } else {
+            Err(Wrong::default())
+        }
+    }
+}
+
+leaf! {
+    /// A name that is looked up later.
+    Word(String): "a name in quotes", Scalar::text
+}
+
+leaf! {
+    /// Kernel parameters.
+    Cmdline(String): "one line of text", |scalar| {
+        let text = scalar.text()?;
+        match text.chars().find(|c| c.is_control()) {
+            Some(bad) => Err(format!("{bad:?} is not allowed").into()),
+            None => Ok(text),
+        }
+    }
+}
+
+leaf! {
+    /// A time span.
+    Span(Duration): "a time such as \"500ms\", \"30s\" or \"2m\", at most \"1h\"", |scalar| {
+        let text = match scalar {
+            Scalar::Text(text) => text,
+            Scalar::Whole(number @ 0..=3600) => {
+                return Err(format!("write \"{number}s\" for seconds").into());
+            }
+            _ => return Err(Wrong::default()),
+        };
+        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+        let (number, unit) = text.split_at(digits);
+        let millis = match unit {
+            "ms" => 1,
+            "s" => 1_000,
+            "m" => 60_000,
+            "h" => 3_600_000,
+            _ => return Err(Wrong::default()),
+        };
+        match number.parse::<u64>().ok().and_then(|number| number.checked_mul(millis)) {
+            Some(millis @ 0..=3_600_000) => Ok(Duration::from_millis(millis)),
+            _ => Err(Wrong::default()),
+        }
+    }
+}
+
+/// A path, relative to the folder of the file that wrote it.
+#[derive(Deserialize)]
+#[serde(try_from = "Scalar")]
+pub(super) struct FilePath(String);
+
+impl TryFrom<Scalar> for FilePath {
+    type Error = Wrong;
+
+    fn try_from(scalar: Scalar) -> Result<Self, Wrong> {
+        let path = scalar.text()?;
+        match path.chars().find(|c| *c == '\0') {
+            Some(nul) => Err(format!("{nul:?} is not allowed").into()),
+            None if path.is_empty() => Err(Wrong::default()),
+            None => Ok(FilePath(path)),
+        }
+    }
+}
+
+impl Leaf for FilePath {
+    type Plain = PathBuf;
+    const EXPECTS: &'static str = "a path";
+
+    fn plain(self, cx: &Context<'_>) -> Result<PathBuf, String> {
+        match (self.0.strip_prefix("~/"), cx.home) {
+            (Some(rest), Some(home)) => Ok(home.join(rest.trim_start_matches('/'))),
+            (Some(_), None) => Err("HOME is not set: write the path out".to_owned()),
+            (None, _) => Ok(match cx.file.parent() {
+                Some(folder) => folder.join(self.0),
+                None => self.0.into(),
+            }),
+        }
+    }
+}

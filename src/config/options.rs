@@ -1,0 +1,240 @@
+//! One option is one documented field: [`options!`] makes of it the field of a struct, its reader
+//! and its description, so that the file, the help and the reference cannot disagree.
+
+use std::ops::Range;
+
+use super::section::{self, Section};
+use super::value::Leaf;
+
+/// What one key of the file means: all that help, schema and reference have to say about it.
+#[derive(Clone, Copy, Debug)]
+pub struct Key {
+    /// The key.
+    pub name: &'static str,
+    /// What it does: the documentation of its field.
+    pub doc: &'static str,
+    /// What it takes.
+    pub takes: Takes,
+    /// What holds if it is not written.
+    pub absent: Absent,
+}
+
+/// What a key takes.
+#[derive(Clone, Copy, Debug)]
+pub enum Takes {
+    /// A value, in words: "a whole number, 1 to 254".
+    Value(&'static str),
+    /// A table with these keys.
+    Table(&'static [Key]),
+    /// A list of tables with these keys.
+    Tables(&'static [Key]),
+}
+
+/// What holds if a key is not written.
+#[derive(Clone, Copy, Debug)]
+pub enum Absent {
+    /// It is an error. With an example of a value, as TOML.
+    Error(&'static str),
+    /// This value, as TOML.
+    Value(&'static str),
+    /// What these words say.
+    Words(&'static str),
+}
+
+impl Key {
+    /// The key as it is spelled in the file: `name`, `[boot]`, `[[block]]`.
+    pub fn spelled(&self) -> String {
+        match self.takes {
+            Takes::Value(_) => self.name.to_owned(),
+            Takes::Table(_) => format!("[{}]", self.name),
+            Takes::Tables(_) => format!("[[{}]]", self.name),
+        }
+    }
+
+    /// The keys of its table, if it takes one.
+    pub fn keys(&self) -> &'static [Key] {
+        match self.takes {
+            Takes::Value(_) => &[],
+            Takes::Table(keys) | Takes::Tables(keys) => keys,
+        }
+    }
+}
+
+/// The value of one option and where it was written.
+#[derive(Debug)]
+pub(super) struct Given<T> {
+    /// The value or its default; `None` if it is wrong (that is reported already) or filled in
+    /// later.
+    pub(super) value: Option<T>,
+    /// Where its value is; `None` if it is not written.
+    pub(super) at: Option<Range<usize>>,
+}
+
+/// How an option is read and described.
+pub(super) struct Spec<T> {
+    takes: Takes,
+    absent: Absent,
+    read: fn(&mut Section<'_>, &'static str, Absent) -> Given<T>,
+}
+
+impl<T> Spec<T> {
+    pub(super) const fn key(&self, name: &'static str, doc: &'static str) -> Key {
+        Key {
+            name,
+            doc,
+            takes: self.takes,
+            absent: self.absent,
+        }
+    }
+
+    pub(super) fn read(&self, section: &mut Section<'_>, name: &'static str) -> Given<T> {
+        (self.read)(section, name, self.absent)
+    }
+}
+
+/// A value that must be written; `example` is one, as TOML.
+pub(super) const fn required<L: Leaf>(example: &'static str) -> Spec<L::Plain> {
+    Spec {
+        takes: Takes::Value(L::EXPECTS),
+        absent: Absent::Error(example),
+        read: section::value::<L>,
+    }
+}
+
+/// A value with a default, written as TOML.
+pub(super) const fn default<L: Leaf>(literal: &'static str) -> Spec<L::Plain> {
+    Spec {
+        takes: Takes::Value(L::EXPECTS),
+        absent: Absent::Value(literal),
+        read: section::value::<L>,
+    }
+}
+
+/// A value that follows from others if it is not written: `words` say how.
+pub(super) const fn derived<L: Leaf>(words: &'static str) -> Spec<L::Plain> {
+    Spec {
+        takes: Takes::Value(L::EXPECTS),
+        absent: Absent::Words(words),
+        read: section::value::<L>,
+    }
+}
+
+/// A value that may be left out: `words` say what that means.
+pub(super) const fn optional<L: Leaf>(words: &'static str) -> Spec<Option<L::Plain>> {
+    Spec {
+        takes: Takes::Value(L::EXPECTS),
+        absent: Absent::Words(words),
+        read: section::optional::<L>,
+    }
+}
+
+/// A table of options. Left out, it is read as an empty one.
+pub(super) const fn table<T: Table>() -> Spec<T> {
+    Spec {
+        takes: Takes::Table(T::KEYS),
+        absent: Absent::Words("the defaults of its keys"),
+        read: section::table::<T>,
+    }
+}
+
+/// A list of tables of options.
+pub(super) const fn tables<T: Table>(words: &'static str) -> Spec<Vec<T>> {
+    Spec {
+        takes: Takes::Tables(T::KEYS),
+        absent: Absent::Words(words),
+        read: section::tables::<T>,
+    }
+}
+
+/// A table of options, read whole.
+pub(super) trait Table: Sized {
+    /// Its keys, in the order of its fields.
+    const KEYS: &'static [Key];
+
+    /// Reads it; `None` if something is wrong, which is reported.
+    fn from_section(section: Section<'_>) -> Option<Self>;
+
+    /// Reads a list of them and checks them against each other.
+    fn from_sections(sections: Vec<Section<'_>>) -> Option<Vec<Self>> {
+        // All are read before the first failure counts: each error is reported.
+        let read: Vec<_> = sections.into_iter().map(Self::from_section).collect();
+        read.into_iter().collect()
+    }
+}
+
+/// Declares a table of options. Each field names its type, then how it is read: a call of
+/// [`required`], [`default`], [`derived`], [`optional`], [`table`] or [`tables`]. Makes
+///
+/// - the struct, plain data;
+/// - `KEYS`, which describes the options, with the fields' documentation;
+/// - a second struct with the place of each value, for checks that concern several options, with
+///   `read` (from a section of the file) and `finish` (into the first; fields under `computed`
+///   are its arguments).
+macro_rules! options {
+    (
+        $(#[$meta:meta])*
+        pub struct $name:ident, read as $given:ident {
+            $($(#[doc = $doc:literal])+ $field:ident: $plain:ty = $spec:expr,)+
+        }
+        computed {
+            $($(#[$computed_meta:meta])+ $computed:ident: $computed_type:ty,)*
+        }
+    ) => {
+        $(#[$meta])*
+        #[derive(Clone, Debug)]
+        pub struct $name {
+            $($(#[doc = $doc])+ pub $field: $plain,)+
+            $($(#[$computed_meta])+ pub $computed: $computed_type,)*
+        }
+
+        impl $name {
+            /// The keys of this table.
+            pub const KEYS: &'static [crate::config::Key] = &[$({
+                const SPEC: crate::config::options::Spec<$plain> = $spec;
+                SPEC.key(stringify!($field), concat!($($doc, "\n"),+).trim_ascii())
+            },)+];
+        }
+
+        #[doc = concat!("The options of a [`", stringify!($name), "`] with their places.")]
+        struct $given {
+            $($field: crate::config::options::Given<$plain>,)+
+        }
+
+        impl $given {
+            fn read(section: &mut crate::config::section::Section<'_>) -> Self {
+                $given {
+                    $($field: $spec.read(section, stringify!($field)),)+
+                }
+            }
+
+            fn finish(self, $($computed: $computed_type),*) -> Option<$name> {
+                Some($name {
+                    $($field: self.$field.value?,)+
+                    $($computed,)*
+                })
+            }
+        }
+    };
+    // A table without relations between its options.
+    (
+        $(#[$meta:meta])*
+        pub struct $name:ident, read as $given:ident { $($fields:tt)+ }
+    ) => {
+        crate::config::options::options! {
+            $(#[$meta])*
+            pub struct $name, read as $given { $($fields)+ }
+            computed {}
+        }
+
+        impl crate::config::options::Table for $name {
+            const KEYS: &'static [crate::config::Key] = $name::KEYS;
+
+            fn from_section(mut section: crate::config::section::Section<'_>) -> Option<Self> {
+                let given = $given::read(&mut section);
+                section.unknown($name::KEYS);
+                given.finish()
+            }
+        }
+    };
+}
+pub(super) use options;

@@ -1,0 +1,228 @@
+//! What a VM's file means, and what is said of a wrong one.
+
+mod blocks;
+mod hostile;
+mod messages;
+mod values;
+
+use formats::{FormatOption, Image, OpenError, Opening, OptionKind, Ring};
+
+use super::*;
+
+/// Formats of the tests' own: what is registered in this build does not matter here.
+static FORMATS: [&Format; 3] = [
+    &Format {
+        name: "qcow2",
+        extensions: &["qcow2"],
+        options: &[
+            FormatOption {
+                name: "cluster_size",
+                kind: OptionKind::Size,
+                default: "\"64KiB\"",
+                doc: "Size of a cluster.",
+            },
+            FormatOption {
+                name: "lazy_refcounts",
+                kind: OptionKind::Bool,
+                default: "false",
+                doc: "Delays updates of reference counts.",
+            },
+            FormatOption {
+                name: "refcount_bits",
+                kind: OptionKind::Integer,
+                default: "16",
+                doc: "Width of a reference count.",
+            },
+            FormatOption {
+                name: "compression",
+                kind: OptionKind::Choice(&["zlib", "zstd"]),
+                default: "\"zlib\"",
+                doc: "How clusters are compressed.",
+            },
+        ],
+        ..RAW
+    },
+    &RAW,
+    &Format {
+        name: "sparse-raw",
+        extensions: &[],
+        ..RAW
+    },
+];
+
+const RAW: Format = Format {
+    name: "raw",
+    extensions: &["img", "raw"],
+    description: "of the tests",
+    abilities: &[],
+    options: &[],
+    open,
+    create,
+};
+
+fn open<'a>(_: &'a Ring, _: &'a Image) -> Opening<'a> {
+    Box::pin(async { Err(no_image()) })
+}
+
+fn create(_: &Image) -> Result<(), OpenError> {
+    Err(no_image())
+}
+
+fn no_image() -> OpenError {
+    OpenError {
+        message: "the tests open no image".into(),
+        help: None,
+        key: "path",
+    }
+}
+
+/// What the top of a right file needs.
+const BOOT: &str = "[boot]\nkernel = \"vmlinuz\"\n";
+
+fn source() -> Source<'static> {
+    Source {
+        file: Path::new("vms/vm.toml"),
+        home: Some(Path::new("/home/ada")),
+        formats: &FORMATS,
+    }
+}
+
+/// Reads a right file.
+fn vm(text: &str) -> Vm {
+    match parse(text.as_bytes(), &source(), &Renderer::plain()) {
+        Ok(vm) => vm,
+        Err(errors) => panic!("{errors}"),
+    }
+}
+
+/// Reads a right file with `[boot]` added below.
+fn booting(text: &str) -> Vm {
+    vm(&format!("{text}\n{BOOT}"))
+}
+
+/// What is said of a wrong file.
+fn errors(text: impl AsRef<[u8]>) -> String {
+    match parse(text.as_ref(), &source(), &Renderer::plain()) {
+        Ok(vm) => panic!("nothing is wrong: {vm:?}"),
+        Err(errors) => errors,
+    }
+}
+
+/// The first line of what is said of a wrong file.
+fn error(text: &str) -> String {
+    errors(text).lines().next().unwrap_or_default().to_owned()
+}
+
+/// The first line that is said of a file with `[boot]` added below.
+fn booting_error(text: &str) -> String {
+    error(&format!("{text}\n{BOOT}"))
+}
+
+#[test]
+fn every_default_is_a_value_its_option_takes() {
+    let vm = booting("[[block]]\npath = \"a.img\"");
+    assert_eq!(vm.file, Path::new("vms/vm.toml"));
+    assert_eq!((vm.name.as_str(), vm.cpus, vm.memory), ("vm", 1, 512 << 20));
+    assert_eq!(vm.boot.kernel, Path::new("vms/vmlinuz"));
+    assert_eq!((vm.boot.initrd, vm.boot.cmdline), (None, String::new()));
+    assert_eq!(
+        (vm.console.mode, vm.console.log),
+        (ConsoleMode::Stdio, None)
+    );
+    assert_eq!(vm.lifecycle.on_reboot, OnReboot::Restart);
+    assert_eq!(vm.lifecycle.stop_timeout.as_secs(), 30);
+    let disk = &vm.block[0];
+    assert!(!disk.ro && !disk.root && disk.sparse && !disk.o_direct && disk.lock);
+    assert_eq!((disk.block_size, disk.queues, disk.size), (512, 1, None));
+    assert_eq!((&disk.id, disk.format_written), (&None, false));
+}
+
+#[test]
+fn every_option_reaches_the_vm() {
+    let vm = vm(r#"
+name = "web-1"
+cpus = 254
+memory = "3GiB"
+
+[boot]
+kernel = "k"
+initrd = "i"
+cmdline = "quiet"
+
+[[block]]
+path = "a"
+format = "qcow2"
+ro = true
+root = true
+sparse = false
+o_direct = true
+block_size = 4096
+id = "ROOT"
+lock = false
+queues = 64
+size = "8GiB"
+
+[block.qcow2]
+refcount_bits = 64
+cluster_size = "2MiB"
+lazy_refcounts = true
+compression = "zstd"
+
+[console]
+mode = "off"
+log = "console.log"
+
+[lifecycle]
+on_reboot = "stop"
+stop_timeout = "500ms"
+"#);
+    assert_eq!(
+        (vm.name.as_str(), vm.cpus, vm.memory),
+        ("web-1", 254, 3 << 30)
+    );
+    assert_eq!(vm.boot.initrd.as_deref(), Some(Path::new("vms/i")));
+    assert_eq!(vm.boot.cmdline, "quiet");
+    assert_eq!(vm.console.mode, ConsoleMode::Off);
+    assert_eq!(
+        vm.console.log.as_deref(),
+        Some(Path::new("vms/console.log"))
+    );
+    assert_eq!(vm.lifecycle.on_reboot, OnReboot::Stop);
+    assert_eq!(vm.lifecycle.stop_timeout.as_millis(), 500);
+    let disk = &vm.block[0];
+    assert_eq!((&*disk.format, disk.format_written), ("qcow2", true));
+    assert!(disk.ro && disk.root && !disk.sparse && disk.o_direct && !disk.lock);
+    assert_eq!((disk.block_size, disk.queues), (4096, 64));
+    assert_eq!(
+        (disk.id.as_deref(), disk.size),
+        (Some("ROOT"), Some(8 << 30))
+    );
+    let word = formats::OptionValue::Word("zstd".into());
+    assert_eq!(
+        disk.options,
+        [
+            ("refcount_bits", formats::OptionValue::Number(64)),
+            ("cluster_size", formats::OptionValue::Number(2 << 20)),
+            ("lazy_refcounts", formats::OptionValue::Bool(true)),
+            ("compression", word),
+        ],
+        "in the order of the file"
+    );
+}
+
+#[test]
+fn every_key_is_described() {
+    fn described(keys: &[Key]) -> usize {
+        keys.iter()
+            .map(|key| {
+                assert!(key.doc.ends_with('.'), "{}: {:?}", key.name, key.doc);
+                assert!(!key.doc.starts_with(' '), "{}", key.name);
+                1 + described(key.keys())
+            })
+            .sum()
+    }
+    assert_eq!(described(KEYS), 7 + 3 + 11 + 2 + 2);
+    let memory = KEYS.iter().find(|key| key.name == "memory").unwrap();
+    assert!(matches!(memory.absent, Absent::Value("\"512MiB\"")));
+    assert!(matches!(memory.takes, Takes::Value(words) if words.contains("4KiB")));
+}

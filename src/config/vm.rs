@@ -1,0 +1,119 @@
+//! The VM as a whole, and its small tables.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+use toml::Spanned;
+use toml::de::DeValue;
+
+use super::block::Block;
+use super::diagnostic::Diagnostic;
+use super::kinds::{Cmdline, Cpus, FilePath, Memory, Name, Span};
+use super::options::{Table, default, derived, optional, options, required, table, tables};
+use super::section::Section;
+use super::value::{Leaf, words};
+
+options! {
+    /// A VM: one TOML file.
+    pub struct Vm, read as GivenVm {
+        /// Name of the VM.
+        name: String = derived::<Name>("the file's name without its extension"),
+        /// Number of vCPUs.
+        cpus: u32 = default::<Cpus>("1"),
+        /// Size of guest memory. In bytes, or a text with KiB, MiB, GiB or TiB.
+        memory: u64 = default::<Memory>("\"512MiB\""),
+        /// What to boot.
+        boot: Boot = table::<Boot>(),
+        /// Disks: /dev/vda, vdb, … in this order.
+        block: Vec<Block> = tables::<Block>("no disk"),
+        /// The serial console.
+        console: Console = table::<Console>(),
+        /// When to restart and how to stop.
+        lifecycle: Lifecycle = table::<Lifecycle>(),
+    }
+    computed {
+        /// The file it was read from.
+        file: PathBuf,
+    }
+}
+
+impl Table for Vm {
+    const KEYS: &'static [super::Key] = Vm::KEYS;
+
+    fn from_section(mut section: Section<'_>) -> Option<Self> {
+        let cx = section.cx;
+        let mut given = GivenVm::read(&mut section);
+        section.unknown(Vm::KEYS);
+        if given.name.value.is_none() && given.name.at.is_none() {
+            let stem = cx.file.file_stem().unwrap_or_default().to_string_lossy();
+            let value = DeValue::String(stem.into_owned().into());
+            match Name::deserialize(toml::de::ValueDeserializer::from(Spanned::new(0..0, value))) {
+                Ok(name) => given.name.value = Some(name.0),
+                Err(_) => {
+                    let stem = cx.file.file_stem().unwrap_or_default().display();
+                    let title = format!(
+                        "`name` is \"{stem}\" after the file, expected {}",
+                        Name::EXPECTS
+                    );
+                    let wrong = Diagnostic::value(None, title);
+                    cx.report(wrong.help("add a line `name = \"web\"` at the top".to_owned()));
+                }
+            }
+        }
+        given.finish(cx.file.to_owned())
+    }
+}
+
+options! {
+    /// What to boot.
+    pub struct Boot, read as GivenBoot {
+        /// The kernel: a bzImage, or an ELF vmlinux with a PVH note.
+        kernel: PathBuf = required::<FilePath>("\"vmlinuz\""),
+        /// Initial RAM disk.
+        initrd: Option<PathBuf> = optional::<FilePath>("none"),
+        /// Kernel parameters, appended to those that launcher generates (`console=`, `root=`);
+        /// the kernel takes the last where two differ.
+        cmdline: String = default::<Cmdline>("\"\""),
+    }
+}
+
+options! {
+    /// The serial console.
+    pub struct Console, read as GivenConsole {
+        /// Where it goes.
+        mode: ConsoleMode = default::<ConsoleMode>("\"stdio\""),
+        /// File that what the guest prints is appended to.
+        log: Option<PathBuf> = optional::<FilePath>("none"),
+    }
+}
+
+words! {
+    /// Where the serial console goes.
+    pub enum ConsoleMode {
+        /// Standard input and output.
+        Stdio = "stdio",
+        /// The guest has no serial port.
+        Off = "off",
+    }
+}
+
+options! {
+    /// When to restart and how to stop.
+    pub struct Lifecycle, read as GivenLifecycle {
+        /// What a reboot of the guest does.
+        on_reboot: OnReboot = default::<OnReboot>("\"restart\""),
+        /// How long after a press of the power button the VM is ended, its disks flushed.
+        stop_timeout: Duration = default::<Span>("\"30s\""),
+    }
+}
+
+words! {
+    /// What a reboot of the guest does.
+    pub enum OnReboot {
+        /// The VM starts again in the same process.
+        Restart = "restart",
+        /// `launcher` ends.
+        Stop = "stop",
+    }
+}
