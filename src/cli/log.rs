@@ -1,0 +1,162 @@
+//! Our own log: lines on standard error, like the error messages.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::atomic::Ordering;
+
+use tracing::level_filters::LevelFilter;
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::{Error, Result, terminal};
+
+/// The environment variable that sets the level.
+const VARIABLE: &str = "LAUNCHER_LOG";
+
+/// Starts the log on standard error at the level of `LAUNCHER_LOG`: error, warn (the default),
+/// info, debug or trace. A second call changes nothing.
+///
+/// While [`terminal::RAW`] is set, lines end in "\r\n".
+pub fn init() -> Result<()> {
+    let level = match std::env::var_os(VARIABLE) {
+        None => LevelFilter::WARN,
+        Some(value) => level(&value.to_string_lossy())?,
+    };
+    let log = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .event_format(Line)
+        .with_writer(|| StandardError)
+        .finish();
+    // It fails if there is a log already: that one stays.
+    let _ = tracing::subscriber::set_global_default(log);
+    Ok(())
+}
+
+fn level(word: &str) -> Result<LevelFilter> {
+    Ok(match word {
+        "error" => LevelFilter::ERROR,
+        "warn" | "" => LevelFilter::WARN,
+        "info" => LevelFilter::INFO,
+        "debug" => LevelFilter::DEBUG,
+        "trace" => LevelFilter::TRACE,
+        _ => {
+            return Err(Error::usage(format!(
+                "{VARIABLE} is {word:?}, expected error, warn, info, debug or trace"
+            )));
+        }
+    })
+}
+
+/// "warning: message key=value".
+struct Line;
+
+impl<S, F> FormatEvent<S, F> for Line
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    F: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, F>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        writer.write_str(match *event.metadata().level() {
+            Level::ERROR => "error: ",
+            Level::WARN => "warning: ",
+            Level::INFO => "info: ",
+            Level::DEBUG => "debug: ",
+            Level::TRACE => "trace: ",
+        })?;
+        context
+            .field_format()
+            .format_fields(writer.by_ref(), event)?;
+        writeln!(writer)
+    }
+}
+
+/// Standard error, for a terminal in raw mode too. An event arrives in one piece.
+struct StandardError;
+
+impl Write for StandardError {
+    fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+        let raw = terminal::RAW.load(Ordering::Relaxed);
+        io::stderr().write_all(&lines_for(text, raw))?;
+        Ok(text.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// `text` with line ends for a terminal in raw mode, or as it is.
+fn lines_for(text: &[u8], raw: bool) -> Cow<'_, [u8]> {
+    if !raw {
+        return Cow::Borrowed(text);
+    }
+    let mut lines = Vec::with_capacity(text.len() + 8);
+    for line in text.split_inclusive(|byte| *byte == b'\n') {
+        match line.strip_suffix(b"\n") {
+            Some(line) => lines.extend([line, b"\r\n"].concat()),
+            None => lines.extend(line),
+        }
+    }
+    Cow::Owned(lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[test]
+    fn a_line_has_its_level_message_and_fields() {
+        #[derive(Clone, Default)]
+        struct Buffer(Arc<Mutex<Vec<u8>>>);
+        impl Write for Buffer {
+            fn write(&mut self, text: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().write(text)
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let buffer = Buffer::default();
+        let writer = buffer.clone();
+        let log = tracing_subscriber::fmt()
+            .with_max_level(LevelFilter::WARN)
+            .with_ansi(false)
+            .event_format(Line)
+            .with_writer(move || writer.clone())
+            .finish();
+        tracing::subscriber::with_default(log, || {
+            tracing::warn!(disk = 1, "a write failed");
+            tracing::info!("not shown");
+        });
+        let text = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text, "warning: a write failed disk=1\n");
+    }
+
+    #[test]
+    fn lines_return_the_carriage_while_the_terminal_is_raw() {
+        assert_eq!(&*lines_for(b"a\nb\n", true), b"a\r\nb\r\n");
+        assert_eq!(&*lines_for(b"a\nb\n", false), b"a\nb\n");
+    }
+
+    #[test]
+    fn a_level_is_one_of_five_words() {
+        assert_eq!(level("debug").unwrap(), LevelFilter::DEBUG);
+        let error = level("loud").unwrap_err();
+        assert_eq!(error.exit, 2);
+        assert_eq!(
+            error.to_string(),
+            "error: LAUNCHER_LOG is \"loud\", expected error, warn, info, debug or trace"
+        );
+    }
+}

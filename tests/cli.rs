@@ -1,0 +1,246 @@
+//! The binary from outside: what it prints where, and how it exits.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+/// `launcher` in a folder, with no input and no settings of the one who runs the tests.
+fn launcher(folder: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_launcher"));
+    command
+        .args(arguments)
+        .current_dir(folder)
+        .env_remove("LAUNCHER_LOG")
+        .stdin(Stdio::null());
+    command
+}
+
+/// Its exit code, standard output and standard error.
+fn run(folder: &Path, arguments: &[&str]) -> (i32, String, String) {
+    told(launcher(folder, arguments).output().unwrap())
+}
+
+fn told(output: Output) -> (i32, String, String) {
+    (
+        output.status.code().unwrap(),
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+/// A folder with these files.
+fn folder(files: &[(&str, &str)]) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (path, text) in files {
+        let path = folder.path().join(path);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+    folder
+}
+
+const GOOD: &str = "[boot]\nkernel = \"no-such-vmlinuz\"\n";
+
+#[test]
+fn check_says_ok_of_a_right_file() {
+    let folder = folder(&[("vm.toml", GOOD)]);
+    let (code, out, err) = run(folder.path(), &["check", "vm.toml"]);
+    assert_eq!((code, &*out, &*err), (0, "vm.toml: ok\n", ""));
+}
+
+#[test]
+fn check_without_a_file_means_vm_toml_here_and_a_folder_means_its_own() {
+    let folder = folder(&[("vm.toml", GOOD), ("web/vm.toml", GOOD)]);
+    assert_eq!(run(folder.path(), &["check"]).1, "vm.toml: ok\n");
+    assert_eq!(run(folder.path(), &["check", "web"]).1, "web/vm.toml: ok\n");
+}
+
+#[test]
+fn check_shows_the_mistakes_of_every_file_without_colour_and_exits_2() {
+    let folder = folder(&[
+        (
+            "a.toml",
+            "cpus = 0\n[boot]\nkernel = 'k'\ninitramfs = 'i'\n",
+        ),
+        ("b.toml", GOOD),
+        ("c.toml", "boot.kernel = \"k\n"),
+    ]);
+    let (code, out, err) = run(folder.path(), &["check", "a.toml", "b.toml", "c.toml"]);
+    assert_eq!((code, &*out), (2, "b.toml: ok\n"));
+    assert_eq!(
+        err,
+        r#"error: `cpus` is 0, expected a whole number, 1 to 254
+ --> a.toml:1:8
+  |
+1 | cpus = 0
+  |        ^
+
+error: unknown key `initramfs` in `[boot]`
+ --> a.toml:4:1
+  |
+4 | initramfs = 'i'
+  | ^^^^^^^^^
+  |
+  = help: known here: kernel, initrd, cmdline
+
+error: invalid basic string, expected `"`
+ --> c.toml:1:17
+  |
+1 | boot.kernel = "k
+  |                 ^
+"#
+    );
+}
+
+#[test]
+fn a_missing_file_is_a_configuration_error() {
+    let folder = folder(&[]);
+    for command in ["check", "up"] {
+        let (code, out, err) = run(folder.path(), &[command]);
+        assert_eq!((code, &*out), (2, ""));
+        assert!(
+            err.starts_with("error: cannot read vm.toml: No such file"),
+            "{err}"
+        );
+    }
+}
+
+#[test]
+fn up_shows_the_mistakes_of_its_file_before_it_looks_at_the_host() {
+    let folder = folder(&[("vm.toml", "cpus = 0\n[boot]\nkernel = 'k'\n")]);
+    let (code, _, err) = run(folder.path(), &["up"]);
+    assert_eq!(code, 2);
+    assert!(err.starts_with("error: `cpus` is 0, expected"), "{err}");
+}
+
+#[test]
+fn up_refuses_what_doctor_finds_hopeless_in_the_same_words() {
+    let folder = folder(&[("vm.toml", GOOD)]);
+    let (_, out, _) = run(folder.path(), &["doctor", "--json"]);
+    let checks: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let hopeless = checks.as_array().unwrap().iter().find(|check| {
+        check["state"] == "failed" && (check["name"] == "kvm" || check["name"] == "hardware")
+    });
+    let (code, _, err) = run(folder.path(), &["up"]);
+    assert_ne!(code, 0);
+    match hopeless {
+        Some(check) => assert!(err.contains(check["detail"].as_str().unwrap()), "{err}"),
+        None => assert!(err.contains("no-such-vmlinuz"), "{err}"),
+    }
+}
+
+#[test]
+fn doctor_exits_1_exactly_if_a_check_failed() {
+    let folder = folder(&[]);
+    let (code, out, err) = run(folder.path(), &["doctor"]);
+    assert_eq!(err, "");
+    assert_eq!(code, i32::from(out.contains("FAIL")), "{out}");
+    assert!(out.lines().any(|line| line.contains("io_uring")), "{out}");
+    assert!(out.is_ascii(), "no terminal, no signs: {out}");
+}
+
+#[test]
+fn formats_are_listed_for_people_and_for_programs() {
+    let folder = folder(&[]);
+    let (code, out, _) = run(folder.path(), &["formats", "--json"]);
+    let formats: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let (_, listing, _) = run(folder.path(), &["formats"]);
+    assert_eq!(code, 0);
+    for format in formats.as_array().unwrap() {
+        let name = format["name"].as_str().unwrap();
+        assert!(
+            listing.lines().any(|line| line.starts_with(name)),
+            "{listing}"
+        );
+    }
+    assert!(!listing.is_empty());
+}
+
+#[test]
+fn wrong_usage_exits_2_and_help_exits_0() {
+    let folder = folder(&[]);
+    for wrong in [
+        &["frobnicate"][..],
+        &["up", "a", "b"],
+        &["up", "--forse"],
+        &[],
+    ] {
+        let (code, out, err) = run(folder.path(), wrong);
+        assert_eq!((code, &*out), (2, ""));
+        assert!(!err.is_empty());
+    }
+    for right in [&["--help"][..], &["up", "--help"], &["-h"], &["--version"]] {
+        let (code, out, err) = run(folder.path(), right);
+        assert_eq!((code, &*err), (0, ""));
+        assert!(out.contains("launcher"), "{out}");
+    }
+}
+
+#[test]
+fn a_reader_that_is_gone_is_no_failure() {
+    let folder = folder(&[("vm.toml", GOOD)]);
+    for arguments in [
+        &["formats"][..],
+        &["check"],
+        &["--help"],
+        &["doctor", "--json"],
+    ] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = launcher(folder.path(), arguments)
+            .stdout(writer)
+            .output()
+            .unwrap();
+        let (code, _, err) = told(output);
+        assert!(!err.contains("panicked") && !err.contains("error"), "{err}");
+        assert!(
+            code == 0 || arguments[0] == "doctor",
+            "{arguments:?} exits {code}"
+        );
+    }
+}
+
+#[test]
+fn output_that_cannot_be_written_is_a_failure() {
+    let folder = folder(&[("vm.toml", GOOD)]);
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let output = launcher(folder.path(), &["check"])
+        .stdout(full)
+        .output()
+        .unwrap();
+    let (code, _, err) = told(output);
+    assert_eq!(code, 1);
+    assert!(
+        err.starts_with("error: cannot write to standard output: No space left"),
+        "{err}"
+    );
+}
+
+#[test]
+fn errors_that_cannot_be_written_keep_their_exit_code() {
+    let folder = folder(&[]);
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let status = launcher(folder.path(), &["check"])
+        .stderr(full)
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(2));
+}
+
+#[test]
+fn a_wrong_level_of_the_log_is_a_usage_error() {
+    let folder = folder(&[]);
+    let output = launcher(folder.path(), &["formats"])
+        .env("LAUNCHER_LOG", "loud")
+        .output();
+    let (code, _, err) = told(output.unwrap());
+    assert_eq!(code, 2);
+    assert!(
+        err.starts_with("error: LAUNCHER_LOG is \"loud\", expected error, warn,"),
+        "{err}"
+    );
+}
