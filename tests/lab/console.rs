@@ -30,8 +30,10 @@ fn typed_input_is_echoed_and_read() {
     let folder = Folder::new();
     let mut vm = folder.up(GUEST);
     vm.ready();
-    vm.send("cat\n");
-    vm.wait_for("cat\r\n");
+    // cat starts behind the echo, when the shell has handed the terminal over.
+    vm.send("echo 'here'is; cat\n");
+    vm.wait_for("hereis\r\n");
+    thread::sleep(Duration::from_millis(500));
     vm.send("typed by hand\n");
     // Once by the guest's terminal, once by cat.
     assert_eq!(vm.wait_for("typed by hand\r\n"), "");
