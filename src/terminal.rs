@@ -53,11 +53,17 @@ impl Drop for RawMode {
     }
 }
 
-/// Whether standard input is a terminal and this process may use it.
+/// Whether standard input is a terminal.
+pub fn is_input() -> bool {
+    rustix::termios::isatty(rustix::stdio::stdin())
+}
+
+/// Whether standard input is a terminal and this process may use it: job control keeps a
+/// background job away from its own terminal, and has no say about any other.
 fn in_foreground() -> bool {
-    let stdin = rustix::stdio::stdin();
-    rustix::termios::isatty(stdin)
-        && tcgetpgrp(stdin).is_ok_and(|group| group == rustix::process::getpgrp())
+    is_input()
+        && tcgetpgrp(rustix::stdio::stdin())
+            .map_or(true, |group| group == rustix::process::getpgrp())
 }
 
 /// Saves the settings where a panic or a fatal signal finds them, and catches both.

@@ -18,17 +18,26 @@ const ENOUGH: usize = 4096;
 /// How long the last output may take to be written without any progress.
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
 
-/// The guest's output on its way to standard output and the log, written by a thread of its own
-/// so that a slow reader never holds up the guest.
+/// The guest's output on its way to one place, written by a thread of its own so that a slow
+/// reader holds up neither the guest nor the other places.
 pub(crate) struct Output {
     shared: Arc<Shared>,
     thread: JoinHandle<()>,
 }
 
-/// The end that the serial port writes to. It never blocks.
+/// The end that the serial port writes to: all outputs at once. It never blocks.
 #[derive(Clone)]
-pub(crate) struct OutputSink(Arc<Shared>);
+pub(crate) struct OutputSink(Vec<Arc<Shared>>);
 
+/// Where an output goes.
+pub(crate) enum Outlet {
+    /// Standard output.
+    Stdout,
+    /// The file `console.log`.
+    Log(File),
+}
+
+#[derive(Default)]
 struct Shared {
     pending: Mutex<Pending>,
     /// Signalled when output arrives, and when the end does.
@@ -49,29 +58,15 @@ struct Pending {
 }
 
 impl Output {
-    /// Starts writing to standard output (unless `quiet`) and to `log`.
-    pub(crate) fn start(log: Option<File>, quiet: bool) -> io::Result<Output> {
-        let shared = Arc::new(Shared {
-            pending: Mutex::default(),
-            arrived: Condvar::new(),
-            written: Condvar::new(),
-        });
+    /// Starts writing to `outlet`.
+    pub(crate) fn start(outlet: Outlet) -> io::Result<Output> {
+        let shared = Arc::<Shared>::default();
         let for_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("console".into())
             .stack_size(128 << 10)
-            .spawn(move || {
-                for_thread.pump(Outlets {
-                    stdout: !quiet,
-                    log,
-                })
-            })?;
+            .spawn(move || for_thread.pump(outlet))?;
         Ok(Output { shared, thread })
-    }
-
-    /// Where the serial port writes to.
-    pub(crate) fn sink(&self) -> OutputSink {
-        OutputSink(Arc::clone(&self.shared))
     }
 
     /// Writes what is pending and ends. A reader that takes nothing for two seconds is left.
@@ -102,17 +97,22 @@ impl Output {
     }
 }
 
+impl OutputSink {
+    /// A sink for all of `outputs`.
+    pub(crate) fn to(outputs: &[Output]) -> OutputSink {
+        OutputSink(
+            outputs
+                .iter()
+                .map(|output| Arc::clone(&output.shared))
+                .collect(),
+        )
+    }
+}
+
 impl Write for OutputSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut pending = self.0.lock();
-        let room = OUTPUT_LIMIT - pending.bytes.len();
-        let (kept, dropped) = bytes.split_at(room.min(bytes.len()));
-        pending.dropped += dropped.len() as u64;
-        let wake = pending.bytes.is_empty() || pending.bytes.len() == ENOUGH;
-        pending.bytes.extend(kept);
-        drop(pending);
-        if wake {
-            self.0.arrived.notify_one();
+        for output in &self.0 {
+            output.push(bytes);
         }
         Ok(bytes.len())
     }
@@ -128,10 +128,30 @@ impl Shared {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn pump(&self, mut outlets: Outlets) {
+    fn push(&self, bytes: &[u8]) {
+        let mut pending = self.lock();
+        let room = OUTPUT_LIMIT - pending.bytes.len();
+        let (kept, dropped) = bytes.split_at(room.min(bytes.len()));
+        pending.dropped += dropped.len() as u64;
+        let before = pending.bytes.len();
+        pending.bytes.extend(kept);
+        let wake = before == 0 || (before < ENOUGH && pending.bytes.len() >= ENOUGH);
+        drop(pending);
+        if wake {
+            self.arrived.notify_one();
+        }
+    }
+
+    /// Writes until the end. An outlet that fails is given up: what comes is dropped.
+    fn pump(&self, outlet: Outlet) {
         let mut batch = Vec::new();
+        let mut open = Some(outlet);
         while self.next_batch(&mut batch) {
-            outlets.write(&batch);
+            if let Some(outlet) = &mut open
+                && outlet.write(&batch).is_err()
+            {
+                open = None;
+            }
             self.lock().progress += batch.len() as u64;
             self.written.notify_one();
         }
@@ -165,25 +185,15 @@ impl Shared {
     }
 }
 
-/// Where the output goes. One that fails is given up; the other goes on.
-struct Outlets {
-    stdout: bool,
-    log: Option<File>,
-}
-
-impl Outlets {
-    fn write(&mut self, bytes: &[u8]) {
-        if self.stdout
-            && let Err(error) = write_stdout(bytes)
-        {
-            self.stdout = false;
-            tracing::debug!("console output has no reader any more: {error}");
-        }
-        if let Some(log) = &mut self.log
-            && let Err(error) = log.write_all(bytes)
-        {
-            self.log = None;
-            tracing::error!("`console.log` cannot be written any more: {error}");
+impl Outlet {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Outlet::Stdout => write_stdout(bytes).inspect_err(|error| {
+                tracing::debug!("console output has no reader any more: {error}");
+            }),
+            Outlet::Log(file) => file.write_all(bytes).inspect_err(|error| {
+                tracing::error!("`console.log` cannot be written any more: {error}");
+            }),
         }
     }
 }
@@ -258,8 +268,8 @@ mod tests {
     #[test]
     fn everything_written_before_the_close_is_in_the_log() {
         let mut log = tempfile::tempfile().unwrap();
-        let output = Output::start(Some(log.try_clone().unwrap()), true).unwrap();
-        let mut sink = output.sink();
+        let output = Output::start(Outlet::Log(log.try_clone().unwrap())).unwrap();
+        let mut sink = OutputSink::to(std::slice::from_ref(&output));
         for line in 0..1000 {
             write!(sink, "line {line}\r\n").unwrap();
         }
@@ -273,12 +283,8 @@ mod tests {
 
     #[test]
     fn output_without_a_reader_is_bounded_and_what_is_lost_is_counted() {
-        let shared = Arc::new(Shared {
-            pending: Mutex::default(),
-            arrived: Condvar::new(),
-            written: Condvar::new(),
-        });
-        let mut sink = OutputSink(Arc::clone(&shared));
+        let shared = Arc::<Shared>::default();
+        let mut sink = OutputSink(vec![Arc::clone(&shared)]);
         for _ in 0..OUTPUT_LIMIT / 1000 + 2 {
             assert_eq!(sink.write(&[b'x'; 1000]).unwrap(), 1000);
         }

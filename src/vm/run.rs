@@ -12,15 +12,18 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use super::UpOptions;
-use super::console::{Hotkey, Hotkeys, Output};
+use super::console::{Hotkey, Hotkeys, Outlet, Output, OutputSink};
 use super::devices::Devices;
 use super::events::Outcome;
 use super::machine::{Loaded, Machine};
 use super::{host, memory, vcpu};
 use crate::config::{ConsoleMode, Lifecycle, OnReboot, Vm};
 use crate::exit;
-use crate::terminal::RawMode;
+use crate::terminal::{self, RawMode};
 use crate::{Error, Result};
+
+/// Keys that wait for a guest which does not read them, in bytes; more are dropped.
+const TYPE_AHEAD: usize = 4096;
 
 /// Boots the VM and stays with it to its end. Returns the exit code.
 pub fn run(config: &Vm, options: &UpOptions) -> Result<u8> {
@@ -43,7 +46,7 @@ pub fn run(config: &Vm, options: &UpOptions) -> Result<u8> {
                 Loaded::new(&kvm, config, Arc::clone(&memory))?
             }
         };
-        let sink = session.output.as_ref().map(Output::sink);
+        let sink = session.sink();
         let machine = loaded.start(devices.all(), sink)?;
         let end = session.supervise(&machine);
         machine.stop();
@@ -92,7 +95,7 @@ fn report(config: &Vm, end: End) -> Result<u8> {
 /// What the user has in hand while the VM runs: signals, keys, the console's output.
 struct Session {
     signals: UnixStream,
-    output: Option<Output>,
+    outputs: Vec<Output>,
     terminal: Option<RawMode>,
     hotkeys: Hotkeys,
     /// Read, but not taken by the guest yet.
@@ -117,41 +120,43 @@ impl Session {
             let sender = sender.try_clone().map_err(failed("copy a socket"))?;
             register(signal, sender).map_err(failed("catch signals"))?;
         }
-        let log = match &config.console.log {
-            Some(path) => Some(
-                OpenOptions::new()
-                    .create(true)
-                    .append(true)
-                    .open(path)
-                    .map_err(|error| {
-                        Error::usage(format!(
-                            "`console.log`: cannot open {}: {error}",
-                            path.display()
-                        ))
-                    })?,
-            ),
-            None => None,
-        };
-        let (output, terminal) = match config.console.mode {
-            ConsoleMode::Stdio => {
-                let output = Output::start(log, false).map_err(failed("start a thread"))?;
-                (
-                    Some(output),
-                    RawMode::enter().map_err(failed("set up the terminal"))?,
-                )
+        let mut outlets = Vec::new();
+        let mut terminal = None;
+        if config.console.mode == ConsoleMode::Stdio {
+            if let Some(path) = &config.console.log {
+                let log = OpenOptions::new().create(true).append(true).open(path);
+                outlets.push(Outlet::Log(log.map_err(|error| {
+                    Error::usage(format!(
+                        "`console.log`: cannot open {}: {error}",
+                        path.display()
+                    ))
+                })?));
             }
-            ConsoleMode::Off => (None, None),
-        };
+            outlets.push(Outlet::Stdout);
+            terminal = RawMode::enter().map_err(failed("set up the terminal"))?;
+        }
+        // A terminal that is not ours to use is not read: that would stop the process.
+        let no_input = terminal.is_none() && terminal::is_input();
+        let outputs = outlets
+            .into_iter()
+            .map(Output::start)
+            .collect::<io::Result<_>>();
+        let outputs = outputs.map_err(failed("start a thread"))?;
         Ok(Session {
             signals,
-            output,
+            outputs,
             terminal,
             hotkeys: Hotkeys::default(),
             input: Vec::new(),
-            input_ended: config.console.mode == ConsoleMode::Off,
+            input_ended: no_input || config.console.mode == ConsoleMode::Off,
             stopping: None,
             lifecycle: config.lifecycle.clone(),
         })
+    }
+
+    /// Where a machine's serial port sends to; `None` if there is none.
+    fn sink(&self) -> Option<OutputSink> {
+        (!self.outputs.is_empty()).then(|| OutputSink::to(&self.outputs))
     }
 
     /// Whether a reboot starts the next machine: not if the user is waiting for the end.
@@ -209,8 +214,10 @@ impl Session {
                 as_fd(serial.room()),
                 PollFlags::IN,
             ));
-            // Input is read only while the guest can take it: a flood waits in the pipe.
-            if !self.input_ended && self.input.is_empty() && serial.capacity() > 0 {
+            // A flood waits in its pipe until the guest can take it. Keys are read at once: the
+            // hot key works whatever the guest does.
+            let wanted = self.input.is_empty() && serial.capacity() > 0;
+            if !self.input_ended && (wanted || self.terminal.is_some()) {
                 keys = Some(fds.len());
                 fds.push(PollFd::from_borrowed_fd(stdin, PollFlags::IN));
             }
@@ -247,22 +254,25 @@ impl Session {
         None
     }
 
-    /// The process goes on after it was stopped: the shell has had the terminal meanwhile.
-    fn on_continue(&self) {
-        if let Some(terminal) = &self.terminal
-            && let Err(error) = terminal.apply()
-        {
+    /// The process goes on after it was stopped: the shell has had the terminal meanwhile, and
+    /// may have brought a background job to the foreground.
+    fn on_continue(&mut self) {
+        let set_up = match &self.terminal {
+            Some(terminal) => terminal.apply(),
+            None if self.outputs.is_empty() => return,
+            None => RawMode::enter().map(|terminal| {
+                self.input_ended &= terminal.is_none();
+                self.terminal = terminal;
+            }),
+        };
+        if let Err(error) = set_up {
             tracing::warn!("cannot set up the terminal again: {error}");
         }
     }
 
     fn on_keys(&mut self, machine: &Machine) -> Option<End> {
-        let room = machine
-            .serial()
-            .map_or(0, |serial| serial.capacity())
-            .min(64);
         let mut buffer = [0; 64];
-        match rustix::io::read(rustix::stdio::stdin(), &mut buffer[..room]) {
+        match rustix::io::read(rustix::stdio::stdin(), &mut buffer) {
             // End of input; a terminal that is gone reports an error for good.
             Ok(0) | Err(rustix::io::Errno::IO) => self.input_ended = true,
             Ok(count) => self.input.extend_from_slice(&buffer[..count]),
@@ -274,7 +284,9 @@ impl Session {
         }
         // In a pipe or a file the byte is data like any other.
         self.terminal.as_ref()?;
-        match self.hotkeys.take(&mut self.input, Instant::now())? {
+        let hotkey = self.hotkeys.take(&mut self.input, Instant::now());
+        self.input.truncate(TYPE_AHEAD);
+        match hotkey? {
             Hotkey::End => Some(End::Forced("Ctrl-] twice".into())),
             Hotkey::PowerButton => {
                 self.press(machine, "Ctrl-]");
@@ -312,7 +324,7 @@ impl Session {
 
     /// Writes the last output and gives the terminal back.
     fn close(self) {
-        if let Some(output) = self.output {
+        for output in self.outputs {
             output.close();
         }
         drop(self.terminal);

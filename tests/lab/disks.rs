@@ -174,7 +174,10 @@ fn thirty_disks_are_vda_to_vdad() {
     let folder = Folder::new();
     let mut toml = GUEST.to_owned();
     for n in 0..30 {
-        folder.write(&format!("{n}.img"), format!("{:<4096}", format!("disk {n}\n")));
+        folder.write(
+            &format!("{n}.img"),
+            format!("{:<4096}", format!("disk {n}\n")),
+        );
         toml += &format!("[[block]]\npath = \"{n}.img\"\nid = \"D{n}\"\n");
     }
     let mut vm = folder.up(&toml);

@@ -216,6 +216,8 @@ impl Vm {
             .spawn()
             .unwrap();
         let mut vm = Vm::attach(child, Stream::default());
+        let unread = vm.child.stdout.as_ref().unwrap();
+        rustix::pipe::fcntl_setpipe_size(unread, 4096).unwrap();
         let stdin = vm.child.stdin.take().unwrap();
         vm.input = Some(writer(stdin));
         vm.stderr = Some(watch("stderr", vm.child.stderr.take().unwrap()));
