@@ -1,11 +1,11 @@
 //! Disks whose changes are dropped: the image is only ever read.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::path::Path;
 
-use crate::host_file::{HostFile, text};
-use crate::{Disk, Image, Limits, OpenError, Pending, Ring, Segments};
+use crate::host_file::{HostFile, Size, text};
+use crate::{Disk, Format, Image, Limits, OpenError, Pending, Ring, Segments};
 
 mod marks;
 
@@ -21,10 +21,55 @@ pub fn ephemeral(
 ) -> Result<Box<dyn Disk>, OpenError> {
     let changes = temporary(ring, image, base.size())?;
     Ok(Box::new(Ephemeral {
+        shown: Cell::new(base.size()),
         base,
         changes,
         changed: RefCell::new(Marks::new(image.block_size)),
     }))
+}
+
+/// Opens an image as the base of an [`ephemeral`] disk. The image must exist; `image.size` may
+/// be larger than it is, for the disk alone.
+pub async fn open_ephemeral(
+    format: &Format,
+    ring: &Ring,
+    image: &Image,
+) -> Result<Box<dyn Disk>, OpenError> {
+    let base = Image {
+        ro: true,
+        size: None,
+        ..image.clone()
+    };
+    let base = (format.open)(ring, &base).await?;
+    let has = base.size();
+    let disk = ephemeral(ring, image, base)?;
+    let Some(size) = image.size.filter(|size| *size != has) else {
+        return Ok(disk);
+    };
+    let wrong = |message| OpenError {
+        message,
+        help: None,
+        key: "size",
+    };
+    let (wanted, path) = (Size(size), image.path.display());
+    if size < has {
+        let help = "leave `size` out to use all of it";
+        return Err(OpenError {
+            help: Some(help.into()),
+            ..wrong(format!(
+                "`size` is {wanted}, but `{path}` has {}",
+                Size(has)
+            ))
+        });
+    }
+    let failed = |error| {
+        wrong(format!(
+            "an ephemeral disk of {wanted} over `{path}` is not possible: {}",
+            text(&error)
+        ))
+    };
+    disk.resize(size).await.map_err(failed)?;
+    Ok(disk)
 }
 
 fn temporary(ring: &Ring, image: &Image, size: u64) -> Result<HostFile, OpenError> {
@@ -52,21 +97,32 @@ fn temporary(ring: &Ring, image: &Image, size: u64) -> Result<HostFile, OpenErro
             text(&error)
         ),
         help: Some("set TMPDIR to a directory on a disk with space for the changes".into()),
-        key: "ephemeral",
+        key: OpenError::HOST,
     })
 }
 
 struct Ephemeral {
     base: Box<dyn Disk>,
+    /// From here on nothing of the base is to be seen: it ends, or the disk did once.
+    shown: Cell<u64>,
     changes: HostFile,
     /// The blocks that are to be found among the changes.
     changed: RefCell<Marks>,
 }
 
 impl Ephemeral {
+    /// Whether what lies at `offset` is to be found among the changes, and for how many of `len`
+    /// bytes that is so.
+    fn run(&self, offset: u64, len: u64) -> (bool, u64) {
+        match self.shown.get().saturating_sub(offset) {
+            0 => (true, len),
+            shown => self.changed.borrow().run(offset, len.min(shown)),
+        }
+    }
+
     async fn read_runs(&self, mut offset: u64, mut to: Segments) -> io::Result<()> {
         while !to.is_empty() {
-            let (changed, len) = self.changed.borrow().run(offset, to.len() as u64);
+            let (changed, len) = self.run(offset, to.len() as u64);
             let part = to.split_to(len as usize);
             match changed {
                 true => self.changes.read(offset, part).await?,
@@ -93,7 +149,7 @@ impl Disk for Ephemeral {
     }
 
     fn read(&self, offset: u64, to: Segments) -> Pending<'_> {
-        match self.changed.borrow().run(offset, to.len() as u64) {
+        match self.run(offset, to.len() as u64) {
             (true, len) if len == to.len() as u64 => Box::pin(self.changes.read(offset, to)),
             (false, len) if len == to.len() as u64 => self.base.read(offset, to),
             _ => Box::pin(self.read_runs(offset, to)),
@@ -128,14 +184,12 @@ impl Disk for Ephemeral {
 
     fn resize(&self, size: u64) -> Pending<'_> {
         Box::pin(async move {
-            let old = self.size();
             if !self.changed.borrow().is_whole(size) {
                 return Err(io::ErrorKind::InvalidInput.into());
             }
             self.changes.resize(size).await?;
             // What was cut off must not come back from the image.
-            let grown = size.saturating_sub(old);
-            self.changed.borrow_mut().set(old, grown);
+            self.shown.set(self.shown.get().min(size));
             Ok(())
         })
     }
@@ -144,3 +198,6 @@ impl Disk for Ephemeral {
         self.base.close()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
 
@@ -41,8 +42,36 @@ pub struct OpenError {
     pub message: String,
     /// What to do, if there is something to say.
     pub help: Option<String>,
-    /// The option (a key of `[[block]]`) that is at fault; `path` if it is the file itself.
+    /// The option (a key of `[[block]]`) that is at fault; `path` if it is the file itself;
+    /// [`OpenError::HOST`] if nothing in the configuration is.
     pub key: &'static str,
+}
+
+impl OpenError {
+    /// As `key`: the configuration is right, but the host failed or someone is in the way.
+    pub const HOST: &'static str = "";
+
+    /// The `key` for an error of opening or creating a file: `path` if it is about the name or
+    /// about who may use it, else [`OpenError::HOST`].
+    pub fn key_of(error: &io::Error) -> &'static str {
+        match error.raw_os_error() {
+            Some(
+                libc::ENOENT
+                | libc::ENOTDIR
+                | libc::EISDIR
+                | libc::EACCES
+                | libc::EPERM
+                | libc::EROFS
+                | libc::EEXIST
+                | libc::ELOOP
+                | libc::ENAMETOOLONG
+                | libc::ENXIO
+                | libc::ENODEV
+                | libc::EINVAL,
+            ) => "path",
+            _ => OpenError::HOST,
+        }
+    }
 }
 
 impl fmt::Display for OpenError {
@@ -209,6 +238,18 @@ mod tests {
             assert_eq!(error.message, message);
             assert_eq!(error.key, "format");
         }
+    }
+
+    #[test]
+    fn a_name_or_a_permission_is_the_configuration_s_fault_and_a_broken_disk_is_the_host_s() {
+        let key = |errno| OpenError::key_of(&io::Error::from_raw_os_error(errno));
+        for errno in [libc::ENOENT, libc::EISDIR, libc::EACCES, libc::EROFS] {
+            assert_eq!(key(errno), "path");
+        }
+        for errno in [libc::EIO, libc::ENOSPC, libc::EMFILE, libc::ENOMEM] {
+            assert_eq!(key(errno), OpenError::HOST);
+        }
+        assert_eq!(OpenError::key_of(&io::Error::other("?")), OpenError::HOST);
     }
 
     #[test]

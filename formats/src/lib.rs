@@ -52,7 +52,7 @@ mod testing;
 
 pub use buffer::Buffer;
 pub use disk::{Disk, Limits, Pending};
-pub use ephemeral::ephemeral;
+pub use ephemeral::{ephemeral, open_ephemeral};
 pub use format::{
     Format, FormatOption, Image, OpenError, Opening, OptionKind, OptionValue, find, for_extension,
     formats, raw_for,

@@ -104,7 +104,10 @@ fn check_blocks(image: &Image, size: u64, key: &'static str) -> Result<(), OpenE
             "size" => None,
             _ => {
                 let next = size.next_multiple_of(block_size.into());
-                Some(format!("add `size = {next}` to grow it to whole blocks"))
+                Some(match image.ro {
+                    true => format!("grow the file to {next} bytes: here it is only read"),
+                    false => format!("add `size = {next}` to grow it to whole blocks"),
+                })
             }
         },
         key,
@@ -117,7 +120,7 @@ async fn check_content(file: &HostFile, image: &Image) -> Result<(), OpenError> 
     let found = file.sniff().await.map_err(|error| OpenError {
         message: format!("cannot read `{path}`: {}", host_file::text(&error)),
         help: None,
-        key: "path",
+        key: OpenError::HOST,
     })?;
     // A guest that encrypts its whole disk must boot again; there is no LUKS but on a raw disk.
     let Some(found) = found.filter(|found| *found != "luks") else {
@@ -181,7 +184,7 @@ async fn grow(file: &HostFile, size: u64, sparse: bool) -> Result<(), OpenError>
                 host_file::text(&error)
             ),
             help: None,
-            key: "size",
+            key: growth_key(&error),
         });
     }
     if sparse {
@@ -207,8 +210,17 @@ async fn grow(file: &HostFile, size: u64, sparse: bool) -> Result<(), OpenError>
                 host_file::text(&error)
             ),
             help: Some("free some space, or set `sparse = true`".into()),
-            key: "sparse",
+            key: growth_key(&error),
         })
+}
+
+/// What is at fault if an image cannot become as large as it is to be.
+fn growth_key(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        // Past what its file system, or RLIMIT_FSIZE, lets a file be.
+        Some(libc::EFBIG) => "size",
+        _ => OpenError::HOST,
+    }
 }
 
 impl Disk for Raw {

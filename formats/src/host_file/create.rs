@@ -28,7 +28,7 @@ pub fn create_file(
             Some(libc::ENOSPC | libc::EDQUOT) => Some("free some space".into()),
             _ => None,
         },
-        key: "path",
+        key: OpenError::key_of(&error),
     })
 }
 

@@ -123,7 +123,7 @@ fn held(file: BorrowedFd<'_>, path: &Path, byte: i64) -> OpenError {
             format!("`{path}` is in use by {holder}, which lets nobody else write to it")
         },
         help: Some("stop it first; only disks with `ro = true` share an image".into()),
-        key: "path",
+        key: OpenError::HOST,
     }
 }
 

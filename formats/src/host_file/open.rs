@@ -39,7 +39,7 @@ impl HostFile {
         let size = length(&fd).map_err(|error| OpenError {
             message: format!("cannot find the size of `{path}`: {}", text(&error)),
             help: None,
-            key: "path",
+            key: OpenError::HOST,
         })?;
         let block = block(&fd, kind, &stat);
         let file = File::from(fd);
@@ -175,7 +175,7 @@ pub(super) fn unopenable(image: &Image, error: &io::Error) -> OpenError {
     OpenError {
         message: format!("cannot open `{}`: {}", image.path.display(), text(error)),
         help,
-        key: "path",
+        key: OpenError::key_of(error),
     }
 }
 

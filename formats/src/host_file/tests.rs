@@ -305,7 +305,7 @@ fn readers_share_an_image_and_a_writer_has_it_alone() {
             Ok(_) => assert!(first && second),
             Err(error) => {
                 assert!(!(first && second), "{error}");
-                assert_eq!(error.key, "path");
+                assert_eq!(error.key, OpenError::HOST);
                 let me = format!("process {}", std::process::id());
                 assert!(error.message.contains(&me), "{error}");
             }

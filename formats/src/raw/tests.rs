@@ -262,7 +262,7 @@ fn a_failed_allocation_leaves_size_and_content_and_no_new_file() {
     };
     full();
     let error = open(&ring, "raw", &sized).err().unwrap();
-    assert_eq!(error.key, "sparse");
+    assert_eq!(error.key, OpenError::HOST);
     assert!(
         error.message.starts_with("cannot allocate 1MiB for `"),
         "{error}"
@@ -339,7 +339,7 @@ fn a_full_host_fails_writes_until_space_is_freed() {
     );
     assert!(!path.exists());
     fs::File::create(&path).unwrap().set_len(4096).unwrap();
-    assert_eq!(refused("raw", &sized).key, "sparse");
+    assert_eq!(refused("raw", &sized).key, OpenError::HOST);
     assert_eq!(fs::metadata(&path).unwrap().len(), 4096);
     for engine in engines() {
         let ring = Ring::new(engine).unwrap();
