@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::config::Places;
 use crate::exit;
 
 /// What went wrong, where, and what to do: printed once, by `main`.
@@ -11,6 +12,8 @@ pub struct Error {
     pub exit: u8,
     text: Text,
     help: Option<String>,
+    /// The key of the VM's file that it is about; see [`Places`].
+    key: Option<String>,
 }
 
 #[derive(Debug)]
@@ -45,6 +48,15 @@ impl Error {
             exit,
             text,
             help: None,
+            key: None,
+        }
+    }
+
+    /// A file that the configuration names cannot be opened: its fault, or the host's.
+    pub(crate) fn unopenable(message: impl Into<String>, error: &std::io::Error) -> Self {
+        match formats::OpenError::key_of(error) {
+            formats::OpenError::HOST => Error::failed(message),
+            _ => Error::usage(message),
         }
     }
 
@@ -52,6 +64,30 @@ impl Error {
     pub fn help(mut self, help: impl Into<String>) -> Self {
         self.help = Some(help.into());
         self
+    }
+
+    /// Says which key of the VM's file it is about, as "boot.kernel" or "block.0.path".
+    pub(crate) fn about(mut self, key: impl Into<String>) -> Self {
+        self.key = Some(key.into());
+        self
+    }
+
+    /// Shows the place of the key that it is about.
+    pub(crate) fn at(self, places: &Places) -> Self {
+        match (self.key, self.text) {
+            (Some(key), Text::Message(message)) => Error {
+                exit: self.exit,
+                text: Text::Rendered(places.show(&key, message, self.help)),
+                help: None,
+                key: None,
+            },
+            (key, text) => Error {
+                exit: self.exit,
+                help: self.help,
+                key,
+                text,
+            },
+        }
     }
 }
 
@@ -72,9 +108,13 @@ impl std::error::Error for Error {}
 
 impl From<formats::OpenError> for Error {
     fn from(error: formats::OpenError) -> Self {
+        let exit = match error.key {
+            formats::OpenError::HOST => exit::FAILED,
+            _ => exit::USAGE,
+        };
         Error {
             help: error.help,
-            ..Error::failed(error.message)
+            ..Error::new(exit, Text::Message(error.message))
         }
     }
 }

@@ -39,6 +39,9 @@ options! {
         queues: u16 = default::<Queues>("1"),
         /// Size of the image: created if absent, grown if smaller, refused if larger.
         size: Option<u64> = optional::<DiskSize>("as the image is; it must exist"),
+        /// The image is never written: changes go to a temporary file beside it that has no name,
+        /// and vanish at exit. A larger `size` is then that of the disk, not of the image.
+        ephemeral: bool = default::<bool>("false"),
     }
     computed {
         /// Whether `format` was written out.
@@ -90,7 +93,7 @@ fn relations(cx: &Context<'_>, given: &[GivenBlock]) {
     );
     let writable = |block: &GivenBlock| {
         let path = block.path.value.clone();
-        path.filter(|_| block.ro.value == Some(false))
+        path.filter(|_| (block.ro.value, block.ephemeral.value) == (Some(false), Some(false)))
     };
     twice(
         cx,
@@ -132,6 +135,7 @@ impl GivenBlock {
     fn resolve(mut self, mut section: Section<'_>) -> Option<Block> {
         let cx = section.cx;
         self.size_in_blocks(cx);
+        self.ephemeral_is_writable_and_thin(cx);
         let format = image_format::resolve(
             cx,
             &Written {
@@ -155,6 +159,34 @@ impl GivenBlock {
         let written = self.format.at.is_some();
         self.format.value = Some(format?.name.to_owned());
         self.finish(written, tables?)
+    }
+
+    /// Nothing of an ephemeral disk is worth while that is not written, or allocated ahead.
+    fn ephemeral_is_writable_and_thin(&self, cx: &Context<'_>) {
+        if self.ephemeral.value != Some(true) {
+            return;
+        }
+        let contradiction = |title: &str, other: &Given<bool>, help: &str| {
+            cx.report(
+                Diagnostic::value(self.ephemeral.at.clone(), title)
+                    .related(other.at.clone(), "and this")
+                    .help(help.to_owned()),
+            );
+        };
+        if self.ro.value == Some(true) {
+            contradiction(
+                "`ephemeral` is true on a disk with `ro = true`, expected one of them",
+                &self.ro,
+                "neither writes the image; remove `ro` if the guest is to write",
+            );
+        }
+        if self.sparse.value == Some(false) {
+            contradiction(
+                "`ephemeral` is true on a disk with `sparse = false`, expected one of them",
+                &self.sparse,
+                "nothing is allocated for an image that is never written; remove `sparse`",
+            );
+        }
     }
 
     /// A declared size is whole blocks.

@@ -135,6 +135,7 @@ fn every_default_is_a_value_its_option_takes() {
     assert!(!disk.ro && !disk.root && disk.sparse && !disk.o_direct && disk.lock);
     assert_eq!((disk.block_size, disk.queues, disk.size), (512, 1, None));
     assert_eq!((&disk.id, disk.format_written), (&None, false));
+    assert!(!disk.ephemeral);
 }
 
 #[test]
@@ -168,6 +169,10 @@ cluster_size = "2MiB"
 lazy_refcounts = true
 compression = "zstd"
 
+[[block]]
+path = "b.img"
+ephemeral = true
+
 [console]
 mode = "off"
 log = "console.log"
@@ -189,6 +194,7 @@ stop_timeout = "500ms"
     );
     assert_eq!(vm.lifecycle.on_reboot, OnReboot::Stop);
     assert_eq!(vm.lifecycle.stop_timeout.as_millis(), 500);
+    assert!(vm.block[1].ephemeral);
     let disk = &vm.block[0];
     assert_eq!((&*disk.format, disk.format_written), ("qcow2", true));
     assert!(disk.ro && disk.root && !disk.sparse && disk.o_direct && !disk.lock);
@@ -221,7 +227,7 @@ fn every_key_is_described() {
             })
             .sum()
     }
-    assert_eq!(described(KEYS), 7 + 3 + 11 + 2 + 2);
+    assert_eq!(described(KEYS), 7 + 3 + 12 + 2 + 2);
     let memory = KEYS.iter().find(|key| key.name == "memory").unwrap();
     assert!(matches!(memory.absent, Absent::Value("\"512MiB\"")));
     assert!(matches!(memory.takes, Takes::Value(words) if words.contains("4KiB")));

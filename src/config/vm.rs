@@ -11,6 +11,7 @@ use super::block::Block;
 use super::diagnostic::Diagnostic;
 use super::kinds::{Cmdline, Cpus, FilePath, Memory, Name, Span};
 use super::options::{Table, default, derived, optional, options, required, table, tables};
+use super::places::Places;
 use super::section::Section;
 use super::value::{Leaf, words};
 
@@ -35,6 +36,8 @@ options! {
     computed {
         /// The file it was read from.
         file: PathBuf,
+        /// Where its keys stand in that file.
+        places: Places,
     }
 }
 
@@ -61,7 +64,7 @@ impl Table for Vm {
                 }
             }
         }
-        given.finish(cx.file.to_owned())
+        given.finish(cx.file.to_owned(), Places::new(cx.file, cx.text))
     }
 }
 

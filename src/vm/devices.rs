@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use formats::{Engine, Image};
+use formats::{Engine, Image, OpenError};
 
 use super::machine::SharedDevice;
 use crate::config::{Block, Vm};
@@ -26,12 +26,11 @@ impl Devices {
         };
         for (index, block) in config.block.iter().enumerate() {
             let disk = open_disk(block, engine).map_err(|error| {
-                let place = format!("block {index} ({})", block.path.display());
-                let failed = Error::usage(format!("{place}: {}", error.message));
-                match error.help {
-                    Some(help) => failed.help(help),
-                    None => failed,
-                }
+                let key = match error.key {
+                    OpenError::HOST => "path",
+                    key => key,
+                };
+                Error::from(error).about(format!("block.{index}.{key}"))
             })?;
             let disk = Arc::new(Mutex::new(disk));
             devices.all.push(Arc::clone(&disk) as SharedDevice);
@@ -71,8 +70,8 @@ impl Devices {
     }
 }
 
-fn open_disk(block: &Block, engine: Engine) -> Result<Blk, formats::OpenError> {
-    let format = formats::find(&block.format).ok_or_else(|| formats::OpenError {
+fn open_disk(block: &Block, engine: Engine) -> Result<Blk, OpenError> {
+    let format = formats::find(&block.format).ok_or_else(|| OpenError {
         message: format!("format `{}` is not in this build", block.format),
         help: Some("see `launcher formats`".into()),
         key: "format",
@@ -92,8 +91,12 @@ fn open_disk(block: &Block, engine: Engine) -> Result<Blk, formats::OpenError> {
     Blk::open(BlkOptions {
         image,
         format,
+        ephemeral: block.ephemeral,
         id: block.id.clone(),
         queues: block.queues,
         engine,
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -26,7 +26,13 @@ use crate::{Error, Result};
 const TYPE_AHEAD: usize = 4096;
 
 /// Boots the VM and stays with it to its end. Returns the exit code.
+///
+/// An error that is about a key of the VM's file shows its place.
 pub fn run(config: &Vm, options: &UpOptions) -> Result<u8> {
+    up(config, options).map_err(|error| error.at(&config.places))
+}
+
+fn up(config: &Vm, options: &UpOptions) -> Result<u8> {
     host::refuse_hopeless_host(options.force)?;
     let kvm = Kvm::new().map_err(|error| {
         Error::failed(format!("cannot open /dev/kvm: {error}")).help("see `launcher doctor`")
@@ -126,10 +132,9 @@ impl Session {
             if let Some(path) = &config.console.log {
                 let log = OpenOptions::new().create(true).append(true).open(path);
                 outlets.push(Outlet::Log(log.map_err(|error| {
-                    Error::usage(format!(
-                        "`console.log`: cannot open {}: {error}",
-                        path.display()
-                    ))
+                    let log = path.display();
+                    let message = format!("cannot open the console's log {log}: {error}");
+                    Error::unopenable(message, &error).about("console.log")
                 })?));
             }
             outlets.push(Outlet::Stdout);

@@ -46,7 +46,8 @@ impl VcpuModel {
             return Err(Error::usage(format!(
                 "`cpus` is {cpus}, KVM on this host takes at most {most}"
             ))
-            .help("lower `cpus`"));
+            .help("lower `cpus`")
+            .about("cpus"));
         }
         let supported = kvm
             .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)

@@ -40,8 +40,8 @@ fn missing_kernel_is_named() {
     let toml = GUEST.replace("vmlinuz", "no-such-kernel");
     refused(
         folder.refused(&toml),
-        &[1, 2],
-        &["no-such-kernel", "No such file"],
+        &[2],
+        &["no-such-kernel", "No such file", "--> vm.toml:3:14\n"],
     );
 }
 
@@ -49,7 +49,11 @@ fn file_that_is_no_kernel_is_refused() {
     let folder = Folder::new();
     folder.write("garbage", vec![0x5a; 1 << 20]);
     let toml = GUEST.replace("vmlinuz", "garbage");
-    refused(folder.refused(&toml), &[1, 2], &["garbage", "bzImage"]);
+    refused(
+        folder.refused(&toml),
+        &[2],
+        &["garbage", "bzImage", "--> vm.toml:3:14\n"],
+    );
 }
 
 fn kernel_cut_short_is_refused() {
@@ -58,13 +62,13 @@ fn kernel_cut_short_is_refused() {
     for len in [0, 1000, 4096, 20_000] {
         folder.write("short", &whole[..len]);
         let toml = GUEST.replace("vmlinuz", "short");
-        refused(folder.refused(&toml), &[1, 2], &["short"]);
+        refused(folder.refused(&toml), &[2], &["short", "vm.toml:3:14"]);
     }
     let whole = fs::read(folder.path("vmlinux")).unwrap();
     for len in [64, 1 << 20] {
         folder.write("short", &whole[..len]);
         let toml = GUEST.replace("vmlinuz", "short");
-        refused(folder.refused(&toml), &[1, 2], &["short"]);
+        refused(folder.refused(&toml), &[2], &["short", "vm.toml:3:14"]);
     }
 }
 
@@ -90,8 +94,8 @@ fn unreadable_kernel_is_named() {
     let mut vm = up_without_override(&folder, &GUEST.replace("vmlinuz", "secret"));
     refused(
         (vm.exit(), vm.errors()),
-        &[1, 2],
-        &["secret", "Permission denied"],
+        &[2],
+        &["secret", "Permission denied", "--> vm.toml:3:14\n"],
     );
 }
 
@@ -100,8 +104,8 @@ fn missing_disk_is_named() {
     let toml = format!("{GUEST}\n[[block]]\npath = \"no-such-disk.img\"");
     refused(
         folder.refused(&toml),
-        &[1, 2],
-        &["no-such-disk.img", "No such file"],
+        &[2],
+        &["no-such-disk.img", "No such file", "--> vm.toml:8:8\n"],
     );
 }
 
@@ -115,8 +119,8 @@ fn unreadable_disk_is_named() {
     );
     refused(
         (vm.exit(), vm.errors()),
-        &[1, 2],
-        &["secret.img", "Permission denied"],
+        &[2],
+        &["secret.img", "Permission denied", "--> vm.toml:8:8\n"],
     );
 }
 
@@ -124,7 +128,11 @@ fn too_little_memory_is_refused() {
     let folder = Folder::new();
     for memory in ["1MiB", "16MiB"] {
         let toml = format!("memory = \"{memory}\"\n{GUEST}");
-        refused(folder.refused(&toml), &[1, 2], &["memory"]);
+        refused(
+            folder.refused(&toml),
+            &[2],
+            &["`memory` is", "--> vm.toml:1:10\n"],
+        );
     }
 }
 

@@ -66,8 +66,10 @@ fn a_build_without_formats_says_so() {
 
 #[test]
 fn one_image_may_be_read_by_many_disks() {
-    let text = "[[block]]\npath = 'a.img'\nro = true\n";
-    assert_eq!(disks(&text.repeat(2)).len(), 2);
+    for reader in ["ro", "ephemeral"] {
+        let text = format!("[[block]]\npath = 'a.img'\n{reader} = true\n");
+        assert_eq!(disks(&text.repeat(2)).len(), 2);
+    }
 }
 
 #[test]

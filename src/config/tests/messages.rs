@@ -523,3 +523,32 @@ fn colour_changes_no_letter() {
     plain.push_str(rest);
     assert_eq!(plain, errors(text));
 }
+
+#[test]
+fn an_ephemeral_disk_that_is_read_only_or_allocated_is_shown_with_both_lines() {
+    said(
+        "boot.kernel = 'k'\n[[block]]\npath = 'a.img'\nro = true\nephemeral = true\n[[block]]\n\
+         path = 'b.img'\nephemeral = true\nsparse = false\n",
+        r#"
+error: `ephemeral` is true on a disk with `ro = true`, expected one of them
+ --> vms/vm.toml:5:13
+  |
+4 | ro = true
+  |      ---- and this
+5 | ephemeral = true
+  |             ^^^^
+  |
+  = help: neither writes the image; remove `ro` if the guest is to write
+
+error: `ephemeral` is true on a disk with `sparse = false`, expected one of them
+ --> vms/vm.toml:8:13
+  |
+8 | ephemeral = true
+  |             ^^^^
+9 | sparse = false
+  |          ----- and this
+  |
+  = help: nothing is allocated for an image that is never written; remove `sparse`
+"#,
+    );
+}

@@ -78,14 +78,14 @@ struct KernelFile<'a> {
 impl<'a> KernelFile<'a> {
     fn open(path: &'a Path) -> Result<Self> {
         Ok(KernelFile {
-            file: open("boot.kernel", path)?,
+            file: open("boot.kernel", "kernel", path)?,
             path,
         })
     }
 
     /// An error about this file: `what` completes "the kernel PATH …".
     fn bad(&self, what: &str) -> Error {
-        Error::usage(format!("`boot.kernel`: {} {what}", self.path.display()))
+        Error::usage(format!("the kernel {} {what}", self.path.display())).about("boot.kernel")
     }
 
     fn kind(&mut self) -> Result<Kind> {
@@ -114,23 +114,30 @@ impl<'a> KernelFile<'a> {
     }
 }
 
-/// Opens a regular file that the configuration names under `key`.
-fn open(key: &str, path: &Path) -> Result<File> {
-    let failed = |what: String| {
-        Error::usage(format!("`{key}`: cannot open {}: {what}", path.display()))
+/// Opens a regular file that the configuration names under `key`: the kernel or initrd.
+fn open(key: &str, what: &str, path: &Path) -> Result<File> {
+    let path_shown = path.display();
+    let failed = |error: io::Error| {
+        let message = format!("cannot open the {what} {path_shown}: {error}");
+        Error::unopenable(message, &error)
             .help("paths in a VM's file are relative to that file")
+            .about(key)
+    };
+    let refused = |kind| {
+        let message = format!("the {what} {path_shown} is {kind}, expected a regular file");
+        Error::usage(message).about(key)
     };
     // A FIFO without a writer would block the opening: it is opened without waiting and refused.
     let flags =
         rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
     let file = rustix::fs::open(path, flags, rustix::fs::Mode::empty())
         .map(File::from)
-        .map_err(|error| failed(io::Error::from(error).to_string()))?;
-    let metadata = file.metadata().map_err(|error| failed(error.to_string()))?;
+        .map_err(|error| failed(error.into()))?;
+    let metadata = file.metadata().map_err(failed)?;
     match metadata.is_file() {
         true => Ok(file),
-        false if metadata.is_dir() => Err(failed("it is a directory".into())),
-        false => Err(failed("it is no regular file".into())),
+        false if metadata.is_dir() => Err(refused("a directory")),
+        false => Err(refused("a special file")),
     }
 }
 
@@ -161,6 +168,7 @@ fn memory_too_small(memory_size: u64, needed: u64, what: &str) -> Error {
         "write memory = \"{}MiB\" or more",
         needed.div_ceil(MIB).next_multiple_of(64)
     ))
+    .about("memory")
 }
 
 /// An initrd in guest memory.
@@ -178,19 +186,15 @@ fn load_initrd(
     address_max: u64,
     memory_size: u64,
 ) -> Result<Initrd> {
-    let mut file = open("boot.initrd", path)?;
+    let mut file = open("boot.initrd", "initrd", path)?;
     let failed = |error: &dyn std::fmt::Display| {
-        Error::failed(format!(
-            "`boot.initrd`: cannot read {}: {error}",
-            path.display()
-        ))
+        let message = format!("cannot read the initrd {}: {error}", path.display());
+        Error::failed(message).about("boot.initrd")
     };
     let size = file.metadata().map_err(|error| failed(&error))?.len();
     if size == 0 {
-        return Err(Error::usage(format!(
-            "`boot.initrd`: {} is empty",
-            path.display()
-        )));
+        let message = format!("the initrd {} is empty", path.display());
+        return Err(Error::usage(message).about("boot.initrd"));
     }
     let top = low_ram_end(memory_size).min(address_max.saturating_add(1));
     let address = top.checked_sub(size).map(|address| address / PAGE * PAGE);
@@ -216,7 +220,8 @@ fn write_cmdline(memory: &GuestMemory, cmdline: &str, limit: usize) -> Result<()
             "the kernel command line is {} bytes, this kernel takes at most {limit}",
             cmdline.len()
         ))
-        .help("shorten `boot.cmdline`"));
+        .help("shorten `cmdline`")
+        .about("boot.cmdline"));
     }
     let mut bytes = cmdline.as_bytes().to_vec();
     bytes.push(0);

@@ -72,6 +72,22 @@ impl Bench {
         assert_eq!(error.exit, crate::exit::USAGE);
         error.to_string()
     }
+
+    /// The text that the caret of an error is under, in a file that has all keys.
+    fn blamed(&self, memory_size: u64, cmdline: &str) -> String {
+        let file = self.folder.path().join("vm.toml");
+        let text = "memory = '16MiB'\nboot.kernel = 'kernel'\nboot.initrd = 'initrd'\n\
+                    boot.cmdline = 'quiet'\n";
+        fs::write(&file, text).unwrap();
+        let places = crate::config::load(&file).unwrap().places;
+        let error = self.load(memory_size, cmdline).err().unwrap();
+        let shown = error.at(&places).to_string();
+        let mut lines = shown.lines().skip_while(|line| !line.contains('^')).take(1);
+        let caret = lines.next().unwrap();
+        let before = shown.lines().take_while(|line| *line != caret);
+        let range = caret.find('^').unwrap()..=caret.rfind('^').unwrap();
+        before.last().unwrap()[range].to_owned()
+    }
 }
 
 #[test]
@@ -170,7 +186,7 @@ fn a_file_that_cannot_be_opened_is_refused_with_the_reason() {
     let folder = bench.folder.path().to_owned();
     for (path, what) in [
         (folder.join("none"), "No such file"),
-        (folder.clone(), "it is a directory"),
+        (folder.clone(), "is a directory, expected a regular file"),
     ] {
         bench.boot.kernel = path;
         let message = bench.refusal(64 * MIB, "");
@@ -219,4 +235,17 @@ fn mutated_kernels_are_loaded_or_refused() {
             }
         }
     }
+}
+
+#[test]
+fn each_error_is_shown_at_the_key_it_is_about() {
+    let good = || Bench::new(&bzimage(|_| ()));
+    assert_eq!(Bench::new(b"#!/bin/sh").blamed(64 * MIB, ""), "'kernel'");
+    assert_eq!(good().blamed(16 * MIB, ""), "'16MiB'");
+    assert_eq!(good().initrd(0).blamed(64 * MIB, ""), "'initrd'");
+    assert_eq!(good().initrd(99 << 20).blamed(64 * MIB, ""), "'16MiB'");
+    let mut bench = good().initrd(1);
+    bench.boot.initrd = Some(bench.folder.path().into());
+    assert_eq!(bench.blamed(64 * MIB, ""), "'initrd'");
+    assert_eq!(good().blamed(64 * MIB, &"x".repeat(2048)), "'quiet'");
 }

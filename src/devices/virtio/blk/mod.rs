@@ -43,6 +43,9 @@ pub struct BlkOptions {
     pub image: Image,
     /// Its format.
     pub format: &'static Format,
+    /// Whether the image is only read, and what the guest writes is dropped when the disk closes;
+    /// see [`formats::open_ephemeral`].
+    pub ephemeral: bool,
     /// What VIRTIO_BLK_T_GET_ID answers: at most 20 bytes. `None` is the empty string.
     pub id: Option<String>,
     /// Number of virtqueues, 1 to [`MAX_QUEUES`].
@@ -144,7 +147,7 @@ impl Blk {
         let failed = |what: &str, error: io::Error| OpenError {
             message: format!("no {what} for `{path}`: {error}"),
             help: None,
-            key: "path",
+            key: OpenError::HOST,
         };
         let wake = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)
             .map_err(|error| failed("eventfd", error.into()))?;

@@ -106,7 +106,7 @@ pub(super) fn run(
             let _ = opened.send(Err(OpenError {
                 message: format!("no I/O engine for `{}`: {error}", options.path()),
                 help: Some("see `launcher doctor`".into()),
-                key: "path",
+                key: OpenError::HOST,
             }));
             return Ok(());
         }
@@ -141,7 +141,10 @@ impl Worker {
         shared: &Arc<Shared>,
     ) -> Result<Worker, OpenError> {
         let image = &options.image;
-        let disk = (options.format.open)(ring, image).await?;
+        let disk = match options.ephemeral {
+            true => formats::open_ephemeral(options.format, ring, image).await?,
+            false => (options.format.open)(ring, image).await?,
+        };
         let size = disk.size();
         if !size.is_multiple_of(u64::from(image.block_size)) {
             return Err(OpenError {

@@ -376,3 +376,32 @@ fn a_panic_on_the_disks_thread_hangs_nobody() {
         assert_eq!(error.to_string(), "the disk's thread has panicked");
     });
 }
+
+#[test]
+fn what_is_written_to_an_ephemeral_disk_never_reaches_its_image() {
+    let setup = Setup {
+        ephemeral: true,
+        ..Setup::sparse_raw()
+    };
+    let (blk, dir) = setup.open();
+    let path = dir.path().join("disk.img");
+    let modified = std::fs::metadata(&path).unwrap().modified().unwrap();
+    let mut guest = setup.plug(blk, dir);
+    assert_eq!(guest.write(8, &[0xee; 4096]), status(OK));
+    assert_eq!(guest.discard(&[segment(64, 8, 0)]), status(OK));
+    assert_eq!(guest.write_zeroes(&[segment(128, 8, 1)]), status(OK));
+    assert_eq!(guest.flush(), status(OK));
+    assert_eq!(guest.read(8, 4096).data, [0xee; 4096]);
+    assert_eq!(guest.read(64, 4096).data, [0; 4096]);
+    assert_eq!(guest.read(128, 4096).data, [0; 4096]);
+    assert_eq!(guest.read(16, 4096).data, pattern(8192, 4096));
+    guest.blk.handle().resize(2 * SIZE).unwrap();
+    let Guest { blk, dir, .. } = guest;
+    blk.close().unwrap();
+    assert!(std::fs::read(&path).unwrap() == pattern(0, SIZE));
+    let after = std::fs::metadata(&path).unwrap().modified().unwrap();
+    assert_eq!(after, modified);
+    // The next run finds the image as it was.
+    let mut guest = setup.plug(Blk::open(setup.options(path)).unwrap(), dir);
+    assert_eq!(guest.read(8, 4096).data, pattern(4096, 4096));
+}

@@ -36,6 +36,7 @@ const UNTOUCHED: u8 = 0xa5;
 #[derive(Clone)]
 struct Setup {
     format: &'static Format,
+    ephemeral: bool,
     engine: Engine,
     size: u64,
     ro: bool,
@@ -51,6 +52,7 @@ impl Setup {
     fn new(format: &'static Format) -> Setup {
         Setup {
             format,
+            ephemeral: false,
             engine: Engine::Auto,
             size: SIZE,
             ro: false,
@@ -91,6 +93,7 @@ impl Setup {
                 options: Vec::new(),
             },
             format: self.format,
+            ephemeral: self.ephemeral,
             id: self.id.clone(),
             queues: self.queues,
             engine: self.engine,
