@@ -8,6 +8,7 @@ pub mod config;
 pub mod devices;
 mod error;
 pub mod exit;
+mod progress;
 pub mod terminal;
 pub mod vm;
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -216,6 +217,32 @@ fn output_that_cannot_be_written_is_a_failure() {
     assert_eq!(code, 1);
     assert!(
         err.starts_with("error: cannot write to standard output: No space left"),
+        "{err}"
+    );
+}
+
+#[test]
+fn a_file_past_its_limit_is_a_failure_and_no_signal() {
+    let folder = folder(&[("vm.toml", GOOD)]);
+    let out = File::create(folder.path().join("out")).unwrap();
+    let mut command = launcher(folder.path(), &["check"]);
+    let limit = || {
+        let none = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: the pointer is to a whole `rlimit`.
+        match unsafe { libc::setrlimit(libc::RLIMIT_FSIZE, &none) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: between fork and exec there is one system call; nothing is allocated or locked.
+    unsafe { command.pre_exec(limit) };
+    let (code, _, err) = told(command.stdout(out).output().unwrap());
+    assert_eq!(code, 1);
+    assert!(
+        err.starts_with("error: cannot write to standard output: File too large"),
         "{err}"
     );
 }

@@ -8,6 +8,7 @@ mod output;
 mod up;
 
 use std::ffi::OsString;
+use std::io;
 use std::path::PathBuf;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
@@ -39,6 +40,7 @@ enum Command {
 ///
 /// Help and usage errors are printed here; any other error is the caller's to print.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<u8> {
+    let large_files = ignore_file_size_signal();
     let parsed = Cli::command()
         .after_help(epilogue())
         .try_get_matches_from(arguments)
@@ -55,11 +57,24 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<u8> {
         }
     };
     log::init()?;
+    if let Err(error) = large_files {
+        tracing::warn!("SIGXFSZ cannot be ignored: {error}");
+    }
     match cli.command {
         Command::Up(up) => up.run(),
         Command::Check(check) => check.run(),
         Command::Formats(formats) => formats.run(),
         Command::Doctor(doctor) => doctor.run(),
+    }
+}
+
+/// Has a write past RLIMIT_FSIZE fail with EFBIG, as any other failing write does: the signal
+/// that comes with it would end the process, and a VM with it.
+fn ignore_file_size_signal() -> io::Result<()> {
+    // SAFETY: to ignore a signal changes no memory of this process and runs no handler.
+    match unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } {
+        libc::SIG_ERR => Err(io::Error::last_os_error()),
+        _ => Ok(()),
     }
 }
 

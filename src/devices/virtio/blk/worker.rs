@@ -21,6 +21,7 @@ use crate::devices::throttle::Throttle;
 use crate::devices::virtio::chain::Scratch;
 use crate::devices::virtio::queue::Virtqueue;
 use crate::devices::virtio::{Activation, Interrupt};
+use crate::progress;
 
 /// What other threads ask of a disk's thread. It answers when it is done; an answer that never
 /// comes, because the thread is gone, is an error at the other end.
@@ -112,8 +113,12 @@ pub(super) fn run(
         }
     };
     let current: OnceCell<Rc<Worker>> = OnceCell::new();
+    ring.on_progress(progress::hook());
     let root = async {
-        let worker = match Worker::open(options, &ring, shared).await {
+        let worker = Worker::open(options, &ring, shared).await;
+        // From here on the terminal is the guest's, or for an error.
+        ring.on_progress(|_| {});
+        let worker = match worker {
             Ok(worker) => Rc::clone(current.get_or_init(|| Rc::new(worker))),
             Err(error) => {
                 let _ = opened.send(Err(error));

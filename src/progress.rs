@@ -1,0 +1,196 @@
+//! What the user sees while a disk is allocated.
+
+use std::cell::OnceCell;
+use std::io::{self, IsTerminal, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use formats::Progress;
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// What is done sooner needs no bar.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// For [`formats::Ring::on_progress`]: a bar on standard error if that is a terminal, otherwise
+/// one line. Both come after a second; the bar goes when the hook is dropped.
+pub(crate) fn hook() -> impl Fn(&Progress<'_>) {
+    let terminal = io::stderr().is_terminal();
+    let bar = Bar::new(ProgressDrawTarget::stderr);
+    let line = OnceCell::new();
+    move |progress| {
+        if terminal {
+            bar.show(progress);
+        } else if late(progress) && line.set(()).is_ok() {
+            // Nobody is left to tell if standard error is gone.
+            let _ = writeln!(io::stderr(), "{}", told(progress));
+        }
+    }
+}
+
+/// Whether it has taken long enough to be shown, and is not done.
+fn late(progress: &Progress<'_>) -> bool {
+    progress.elapsed >= PATIENCE && progress.done < progress.total
+}
+
+/// The line where there is no terminal.
+fn told(progress: &Progress<'_>) -> String {
+    let mib = progress.total.div_ceil(1 << 20);
+    format!("launcher: allocating {mib} MiB for {}", name(progress.path))
+}
+
+/// A file's name, harmless on a terminal.
+fn name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or(path.as_os_str());
+    name.to_string_lossy().escape_debug().to_string()
+}
+
+/// A bar that is there from the second on until it is dropped.
+struct Bar {
+    target: fn() -> ProgressDrawTarget,
+    shown: OnceCell<ProgressBar>,
+}
+
+impl Bar {
+    fn new(target: fn() -> ProgressDrawTarget) -> Self {
+        Bar {
+            target,
+            shown: OnceCell::new(),
+        }
+    }
+
+    fn show(&self, progress: &Progress<'_>) {
+        if self.shown.get().is_none() && !late(progress) {
+            return;
+        }
+        let bar = self.shown.get_or_init(|| {
+            let style =
+                "allocating {prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}{msg}";
+            let style = ProgressStyle::with_template(style)
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+            ProgressBar::with_draw_target(Some(progress.total), (self.target)())
+                .with_style(style.progress_chars("=> "))
+                .with_prefix(name(progress.path))
+        });
+        // One of the two draws, at most twenty times a second.
+        bar.set_message(left(progress));
+        bar.set_position(progress.done);
+    }
+}
+
+/// How long it will still take, going by how long it has taken.
+fn left(progress: &Progress<'_>) -> String {
+    let per_byte = progress.elapsed.as_secs_f64() / progress.done.max(1) as f64;
+    let seconds = per_byte * progress.total.saturating_sub(progress.done) as f64;
+    match Duration::try_from_secs_f64(seconds.round()) {
+        Ok(left) => format!(", {:#} left", HumanDuration(left)),
+        Err(_) => String::new(),
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        if let Some(bar) = self.shown.get() {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use indicatif::TermLike;
+
+    use super::*;
+
+    thread_local! {
+        /// The line that the terminal of this thread's test shows.
+        static LINE: RefCell<String> = const { RefCell::new(String::new()) };
+    }
+
+    /// A terminal of one line.
+    #[derive(Debug)]
+    struct Terminal;
+
+    impl TermLike for Terminal {
+        fn width(&self) -> u16 {
+            100
+        }
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn write_line(&self, text: &str) -> io::Result<()> {
+            self.write_str(text)
+        }
+        fn write_str(&self, text: &str) -> io::Result<()> {
+            LINE.with_borrow_mut(|line| line.push_str(text));
+            Ok(())
+        }
+        fn clear_line(&self) -> io::Result<()> {
+            LINE.with_borrow_mut(String::clear);
+            Ok(())
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn terminal() -> Bar {
+        Bar::new(|| ProgressDrawTarget::term_like(Box::new(Terminal)))
+    }
+
+    fn shown() -> String {
+        LINE.with_borrow(|line| line.trim_end().to_owned())
+    }
+
+    fn progress(done: u64, millis: u64) -> Progress<'static> {
+        Progress {
+            path: Path::new("vms/a\u{1b}.img"),
+            done: done << 30,
+            total: 4 << 30,
+            elapsed: Duration::from_millis(millis),
+        }
+    }
+
+    #[test]
+    fn there_is_no_bar_within_the_first_second_or_at_the_end() {
+        let bar = terminal();
+        for progress in [progress(1, 500), progress(2, 999), progress(4, 1500)] {
+            bar.show(&progress);
+            assert_eq!(shown(), "");
+        }
+    }
+
+    #[test]
+    fn the_bar_has_file_and_sizes_and_goes_when_dropped() {
+        let bar = terminal();
+        bar.show(&progress(1, 1000));
+        bar.show(&progress(2, 2000));
+        let line = shown();
+        assert!(
+            line.starts_with("allocating a\\u{1b}.img [====="),
+            "{line:?}"
+        );
+        assert!(line.ends_with("2.00 GiB of 4.00 GiB, 2s left"), "{line:?}");
+        bar.show(&progress(4, 3000));
+        drop(bar);
+        assert_eq!(shown(), "");
+    }
+
+    #[test]
+    fn a_line_names_file_and_size() {
+        assert_eq!(
+            told(&progress(1, 1000)),
+            "launcher: allocating 4096 MiB for a\\u{1b}.img"
+        );
+    }
+}
