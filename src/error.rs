@@ -52,8 +52,12 @@ impl Error {
         }
     }
 
-    /// A file that the configuration names cannot be opened: its fault, or the host's.
-    pub(crate) fn unopenable(message: impl Into<String>, error: &std::io::Error) -> Self {
+    /// "cannot open `what`": a file that the configuration names. Its fault, or the host's.
+    pub(crate) fn unopenable(what: &str, error: &std::io::Error) -> Self {
+        let text = error.to_string();
+        // The number says less than the words before it.
+        let (text, _) = text.split_once(" (os error").unwrap_or((&text, ""));
+        let message = format!("cannot open {what}: {text}");
         match formats::OpenError::key_of(error) {
             formats::OpenError::HOST => Error::failed(message),
             _ => Error::usage(message),

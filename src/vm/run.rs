@@ -132,9 +132,8 @@ impl Session {
             if let Some(path) = &config.console.log {
                 let log = OpenOptions::new().create(true).append(true).open(path);
                 outlets.push(Outlet::Log(log.map_err(|error| {
-                    let log = path.display();
-                    let message = format!("cannot open the console's log {log}: {error}");
-                    Error::unopenable(message, &error).about("console.log")
+                    let what = format!("the console's log {}", path.display());
+                    Error::unopenable(&what, &error).about("console.log")
                 })?));
             }
             outlets.push(Outlet::Stdout);

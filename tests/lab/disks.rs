@@ -10,6 +10,7 @@ cases![disks:
     ro_root_is_mounted_and_never_written,
     what_the_guest_writes_is_in_the_image,
     what_is_in_the_image_the_guest_reads,
+    ephemeral_root_is_writable_and_its_image_never_written,
     pci_path_and_serial_are_as_configured,
     block_size_is_the_guests_logical_block_size,
     thirty_disks_are_vda_to_vdad,
@@ -68,6 +69,24 @@ fn ro_root_is_mounted_and_never_written() {
         fs::read(folder.path("root.img")).unwrap() == before,
         "the image has changed"
     );
+}
+
+fn ephemeral_root_is_writable_and_its_image_never_written() {
+    let folder = Folder::new();
+    folder.root_disk("root.img");
+    let before = fs::read(folder.path("root.img")).unwrap();
+    // Twice: the second guest finds nothing of the first one's.
+    for _ in 0..2 {
+        let mut vm = folder.up(&root("ephemeral = true"));
+        vm.ready();
+        vm.run("mkdir /data && cp /bin/busybox /data && sync");
+        vm.run("cmp /bin/busybox /data/busybox");
+        vm.power_off();
+        assert!(
+            fs::read(folder.path("root.img")).unwrap() == before,
+            "the image has changed"
+        );
+    }
 }
 
 fn what_the_guest_writes_is_in_the_image() {

@@ -38,11 +38,13 @@ fn read(ring: &Ring, disk: &dyn Disk, offset: u64, len: usize) -> Vec<u8> {
 
 #[test]
 fn the_image_keeps_its_bytes_size_and_times_whatever_is_done_to_the_disk() {
-    for sparse in [true, false] {
+    for (sparse, o_direct) in [(true, false), (false, false), (true, true)] {
         let ring = Ring::new(Engine::Auto).unwrap();
         let (_directory, path, modified) = base(&[1; 65536]);
         let image = Image {
             sparse,
+            o_direct,
+            block_size: 4096,
             size: Some(1 << 20),
             ..image(&path)
         };

@@ -28,7 +28,10 @@ pub fn create_file(
             Some(libc::ENOSPC | libc::EDQUOT) => Some("free some space".into()),
             _ => None,
         },
-        key: OpenError::key_of(&error),
+        key: match error.raw_os_error() {
+            Some(libc::EFBIG) => "size",
+            _ => OpenError::key_of(&error),
+        },
     })
 }
 

@@ -118,8 +118,7 @@ impl<'a> KernelFile<'a> {
 fn open(key: &str, what: &str, path: &Path) -> Result<File> {
     let path_shown = path.display();
     let failed = |error: io::Error| {
-        let message = format!("cannot open the {what} {path_shown}: {error}");
-        Error::unopenable(message, &error)
+        Error::unopenable(&format!("the {what} {path_shown}"), &error)
             .help("paths in a VM's file are relative to that file")
             .about(key)
     };

@@ -110,7 +110,7 @@ fn what_is_no_image_is_shown_at_its_path() {
 #[test]
 fn an_image_that_may_not_be_opened_is_shown_with_its_owner() {
     let folder = Folder::new();
-    fs::set_permissions(folder.path("a.img"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(folder.path("a.img"), fs::Permissions::from_mode(0o000)).unwrap();
     fs::set_permissions(folder.0.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let config = folder.config("[[block]]\npath = 'a.img'");
     let image = &config.block[0].path;
