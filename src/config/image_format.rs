@@ -149,6 +149,16 @@ pub(super) fn tables(
     options
 }
 
+/// What values an option of a format takes, in words that follow "expected".
+pub fn expects(kind: OptionKind) -> String {
+    match kind {
+        OptionKind::Bool => bool::EXPECTS.to_owned(),
+        OptionKind::Size => Bytes::EXPECTS.to_owned(),
+        OptionKind::Integer => Number::EXPECTS.to_owned(),
+        OptionKind::Choice(words) => one_of(words),
+    }
+}
+
 /// Reads one format's table.
 fn table_of(
     format: &'static Format,
@@ -164,18 +174,17 @@ fn table_of(
             continue;
         };
         let at = value.span();
+        let expects = expects(option.kind);
         let value = match option.kind {
-            OptionKind::Bool => cx
-                .deserialize(&key, value, bool::EXPECTS)
-                .map(OptionValue::Bool),
+            OptionKind::Bool => cx.deserialize(&key, value, &expects).map(OptionValue::Bool),
             OptionKind::Size => cx
-                .deserialize::<Bytes>(&key, value, Bytes::EXPECTS)
+                .deserialize::<Bytes>(&key, value, &expects)
                 .map(|bytes| OptionValue::Number(bytes.0)),
             OptionKind::Integer => cx
-                .deserialize::<Number>(&key, value, Number::EXPECTS)
+                .deserialize::<Number>(&key, value, &expects)
                 .map(|number| OptionValue::Number(number.0)),
             OptionKind::Choice(words) => cx
-                .deserialize::<Word>(&key, value, &one_of(words))
+                .deserialize::<Word>(&key, value, &expects)
                 .and_then(|word| chosen(cx, &key, word.0, words, at)),
         };
         options = options.zip(value).map(|(mut options, value)| {

@@ -27,6 +27,7 @@ use formats::Format;
 
 pub use self::block::Block;
 use self::diagnostic::Diagnostic;
+pub use self::image_format::expects;
 use self::lines::Lines;
 use self::options::Table;
 pub use self::options::{Absent, Key, Takes};
