@@ -8,7 +8,9 @@ pub mod config;
 pub mod devices;
 mod error;
 pub mod exit;
+pub mod messages;
 mod progress;
+mod signals;
 pub mod terminal;
 pub mod vm;
 

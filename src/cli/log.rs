@@ -1,9 +1,7 @@
 //! Our own log: lines on standard error, like the error messages.
 
-use std::borrow::Cow;
 use std::fmt;
 use std::io::{self, Write};
-use std::sync::atomic::Ordering;
 
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Subscriber};
@@ -11,7 +9,7 @@ use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::{Error, Result, terminal};
+use crate::{Error, Result, messages};
 
 /// The environment variable that sets the level.
 const VARIABLE: &str = "LAUNCHER_LOG";
@@ -19,7 +17,7 @@ const VARIABLE: &str = "LAUNCHER_LOG";
 /// Starts the log on standard error at the level of `LAUNCHER_LOG`: error, warn (the default),
 /// info, debug or trace. A second call changes nothing.
 ///
-/// While [`terminal::RAW`] is set, lines end in "\r\n".
+/// While [`RAW`](crate::terminal::RAW) is set, lines end in "\r\n".
 pub fn init() -> Result<()> {
     let level = match std::env::var_os(VARIABLE) {
         None => LevelFilter::WARN,
@@ -84,29 +82,13 @@ struct StandardError;
 
 impl Write for StandardError {
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
-        let raw = terminal::RAW.load(Ordering::Relaxed);
-        io::stderr().write_all(&lines_for(text, raw))?;
+        messages::log(text);
         Ok(text.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// `text` with line ends for a terminal in raw mode, or as it is.
-fn lines_for(text: &[u8], raw: bool) -> Cow<'_, [u8]> {
-    if !raw {
-        return Cow::Borrowed(text);
-    }
-    let mut lines = Vec::with_capacity(text.len() + 8);
-    for line in text.split_inclusive(|byte| *byte == b'\n') {
-        match line.strip_suffix(b"\n") {
-            Some(line) => lines.extend([line, b"\r\n"].concat()),
-            None => lines.extend(line),
-        }
-    }
-    Cow::Owned(lines)
 }
 
 #[cfg(test)]
@@ -141,12 +123,6 @@ mod tests {
         });
         let text = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
         assert_eq!(text, "warning: a write failed disk=1\n");
-    }
-
-    #[test]
-    fn lines_return_the_carriage_while_the_terminal_is_raw() {
-        assert_eq!(&*lines_for(b"a\nb\n", true), b"a\r\nb\r\n");
-        assert_eq!(&*lines_for(b"a\nb\n", false), b"a\nb\n");
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub(super) fn print_json(value: &impl serde::Serialize) -> Result<()> {
 
 /// Prints on standard error. Nobody is left to tell if that fails.
 pub(super) fn complain(text: &impl Display) {
-    let _ = writeln!(io::stderr(), "{text}");
+    crate::messages::say(text);
 }
 
 /// Lays out rows with each column as wide as its widest cell.
