@@ -6,6 +6,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::devices::BusDevice;
+use crate::devices::throttle::Throttle;
 
 /// Sleep control register (ACPI 6.5, 4.8.3.7), from the base of the registers.
 pub const SLEEP_CONTROL_OFFSET: u64 = 0;
@@ -32,12 +33,16 @@ pub trait PowerEvents: Send + Sync {
 /// The ACPI sleep and reset registers.
 pub struct PowerRegisters {
     events: Arc<dyn PowerEvents>,
+    warnings: Throttle,
 }
 
 impl PowerRegisters {
     /// Registers that report to `events`.
     pub fn new(events: Arc<dyn PowerEvents>) -> Self {
-        PowerRegisters { events }
+        PowerRegisters {
+            events,
+            warnings: Throttle::default(),
+        }
     }
 }
 
@@ -54,9 +59,14 @@ impl BusDevice for PowerRegisters {
             (SLEEP_CONTROL_OFFSET, &[value, ..]) if value & SLEEP_ENABLE != 0 => {
                 match sleep_type(value) {
                     S5 => self.events.power_off(),
-                    other => tracing::warn!(
-                        "guest asks for sleep type {other}, which it was not offered"
-                    ),
+                    other => {
+                        if let Some(held_back) = self.warnings.pass() {
+                            tracing::warn!(
+                                held_back,
+                                "guest asks for sleep type {other}, which it was not offered"
+                            );
+                        }
+                    }
                 }
             }
             (RESET_OFFSET, &[RESET_VALUE, ..]) => self.events.reset(),

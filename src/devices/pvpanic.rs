@@ -2,6 +2,7 @@
 //! include/uapi/misc/pvpanic.h of Linux).
 
 use crate::devices::BusDevice;
+use crate::devices::throttle::Throttle;
 
 /// The guest panicked.
 const PANICKED: u8 = 1 << 0;
@@ -11,12 +12,16 @@ const CRASH_LOADED: u8 = 1 << 1;
 /// The event port, one byte.
 pub struct PvPanic<F> {
     panicked: F,
+    warnings: Throttle,
 }
 
 impl<F: Fn() + Send + Sync> PvPanic<F> {
     /// A port that calls `panicked` when the guest's kernel has panicked.
     pub fn new(panicked: F) -> Self {
-        PvPanic { panicked }
+        PvPanic {
+            panicked,
+            warnings: Throttle::default(),
+        }
     }
 }
 
@@ -32,7 +37,9 @@ impl<F: Fn() + Send + Sync> BusDevice for PvPanic<F> {
     fn write(&self, _offset: u64, data: &[u8]) {
         match data.first() {
             Some(event) if event & CRASH_LOADED != 0 => {
-                tracing::warn!("the guest panicked and starts its crash kernel");
+                if let Some(held_back) = self.warnings.pass() {
+                    tracing::warn!(held_back, "the guest panicked and starts its crash kernel");
+                }
             }
             Some(event) if event & PANICKED != 0 => (self.panicked)(),
             _ => {}
