@@ -111,15 +111,23 @@ impl VcpuModel {
 fn set_msrs(fd: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     const IA32_MISC_ENABLE: (u32, u64) = (0x1a0, 1);
     const MTRR_DEF_TYPE: (u32, u64) = (0x2ff, 1 << 11 | 6);
-    for (index, data) in [IA32_MISC_ENABLE, MTRR_DEF_TYPE] {
+    for (index, bits) in [IA32_MISC_ENABLE, MTRR_DEF_TYPE] {
         let entry = kvm_msr_entry {
             index,
-            data,
             ..Default::default()
         };
-        let Ok(msrs) = Msrs::from_entries(&[entry]) else {
+        let Ok(mut msrs) = Msrs::from_entries(&[entry]) else {
             continue;
         };
+        // On top of KVM's own bits: some of the first one say what the PMU has not.
+        let known = fd.get_msrs(&mut msrs)?;
+        for msr in &mut msrs.as_mut_slice()[..known] {
+            msr.data |= bits;
+        }
+        if known == 0 {
+            tracing::debug!("this host's KVM has no MSR {index:#x}");
+            continue;
+        }
         if fd.set_msrs(&msrs)? == 0 {
             tracing::debug!("this host's KVM has no MSR {index:#x}");
         }
@@ -164,6 +172,8 @@ extern "C" fn on_kick(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
 
 /// Installs the handler of the kick signal, once a process.
 pub(crate) fn install_kick_handler() -> Result<()> {
+    // Blocked, as some parents leave all signals, it would never get a vCPU out of the guest.
+    crate::signals::unblock([kick_signal()]);
     register_signal_handler(kick_signal(), on_kick)
         .map_err(|error| Error::failed(format!("cannot install a signal handler: {error}")))
 }
@@ -258,8 +268,17 @@ fn run_reporting(id: usize, mut fd: VcpuFd, world: &World, stop: &AtomicBool) {
 fn run(id: usize, fd: &mut VcpuFd, world: &World, stop: &AtomicBool) -> Option<Outcome> {
     while !stop.load(Ordering::SeqCst) {
         match fd.run() {
-            Ok(VcpuExit::IoOut(port, data)) => world.ports.write(u64::from(port), data),
-            Ok(VcpuExit::IoIn(port, data)) => world.ports.read(u64::from(port), data),
+            // A string instruction brings several accesses of one width in one exit.
+            Ok(VcpuExit::IoOut(port, data)) => {
+                for access in data.chunks(port_access_len()) {
+                    world.ports.write(u64::from(port), access);
+                }
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                for access in data.chunks_mut(port_access_len()) {
+                    world.ports.read(u64::from(port), access);
+                }
+            }
             Ok(VcpuExit::MmioWrite(address, data)) => world.memory.write(address, data),
             Ok(VcpuExit::MmioRead(address, data)) => world.memory.read(address, data),
             Ok(VcpuExit::Shutdown) => return Some(Outcome::Crash),
@@ -298,6 +317,18 @@ fn run(id: usize, fd: &mut VcpuFd, world: &World, stop: &AtomicBool) -> Option<O
         }
     }
     None
+}
+
+/// The width in bytes of the port accesses that this thread's vCPU has just left the guest for.
+fn port_access_len() -> usize {
+    let page = RUN_PAGE.get();
+    if page.is_null() {
+        return 1;
+    }
+    // SAFETY: the page is this thread's vCPU's (see `RunPage`). The kernel has filled this member
+    // of the union in for the exit that is being handled, and every bit pattern of it is valid.
+    let len = unsafe { (*page).__bindgen_anon_1.io.size };
+    usize::from(len).max(1)
 }
 
 fn instruction_pointer(fd: &VcpuFd) -> String {
