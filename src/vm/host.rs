@@ -100,6 +100,21 @@ fn refuse(root: &Path, force: bool) -> Result<()> {
     }
 }
 
+/// Raises the limit of open files as far as this process may. Every disk and queue takes some,
+/// and the usual limit is low for the sake of programs that use select(2) only.
+pub(super) fn raise_open_files() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!("the limit of open files cannot be raised: {error}");
+    }
+}
+
 /// What the facts mean.
 fn checks_of(host: &Host) -> Vec<Check> {
     let mut checks = vec![kvm(host), hardware(host)];

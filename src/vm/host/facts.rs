@@ -23,7 +23,7 @@ pub(super) struct Host {
     pub(super) io_uring: Result<(), Errno>,
     /// The sysctl kernel.io_uring_disabled, since Linux 6.6.
     pub(super) io_uring_disabled: Option<u64>,
-    /// RLIMIT_NOFILE, `None` if there is no limit.
+    /// RLIMIT_NOFILE as far as a process may raise it, `None` if there is no limit.
     pub(super) open_files: Option<u64>,
     /// RLIMIT_MEMLOCK in bytes, `None` if there is no limit.
     pub(super) locked_memory: Option<u64>,
@@ -101,6 +101,7 @@ impl Host {
         let has = |flag: &str| flags.split_ascii_whitespace().any(|known| known == flag);
         let memory = fs::read_to_string(root.join("proc/meminfo")).unwrap_or_default();
         let limit = |resource| getrlimit(resource).current;
+        let open_files = getrlimit(Resource::Nofile).maximum;
         Host {
             kvm: kvm(root),
             virtualisation: ["svm", "vmx"].into_iter().find(|flag| has(flag)),
@@ -108,7 +109,7 @@ impl Host {
             pvm: is_pvm(root),
             io_uring: io_uring(),
             io_uring_disabled: number(root, "proc/sys/kernel/io_uring_disabled"),
-            open_files: limit(Resource::Nofile),
+            open_files,
             locked_memory: limit(Resource::Memlock),
             kernel: kernel(root),
             overcommit: number(root, "proc/sys/vm/overcommit_memory"),
