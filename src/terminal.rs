@@ -14,6 +14,26 @@ pub static RAW: AtomicBool = AtomicBool::new(false);
 /// The settings to go back to, for the handler of fatal signals. Set once, never freed.
 static SAVED: AtomicPtr<libc::termios> = AtomicPtr::new(ptr::null_mut());
 
+/// The signals that end a process unless it asks for them, which this one never does.
+const FATAL: [libc::c_int; 16] = [
+    libc::SIGABRT,
+    libc::SIGALRM,
+    libc::SIGBUS,
+    libc::SIGFPE,
+    libc::SIGILL,
+    libc::SIGIO,
+    libc::SIGPROF,
+    libc::SIGPWR,
+    libc::SIGSEGV,
+    libc::SIGSTKFLT,
+    libc::SIGSYS,
+    libc::SIGTRAP,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGVTALRM,
+    libc::SIGXCPU,
+];
+
 /// Raw mode, for as long as it lives.
 pub struct RawMode {
     saved: Termios,
@@ -34,7 +54,8 @@ impl RawMode {
         Ok(Some(mode))
     }
 
-    /// Sets raw mode (again: after the process was stopped, the shell has set its own).
+    /// Sets raw mode (again: after the process was stopped, the shell has set its own). Only in
+    /// the foreground: elsewhere it would stop the process.
     pub fn apply(&self) -> io::Result<()> {
         let mut raw = self.saved.clone();
         raw.make_raw();
@@ -42,14 +63,22 @@ impl RawMode {
         RAW.store(true, Ordering::SeqCst);
         Ok(())
     }
+
+    /// Goes back to the settings before raw mode, until [`RawMode::apply`].
+    pub fn leave(&self) {
+        // In the background the settings are the shell's, and not ours to touch.
+        if !RAW.swap(false, Ordering::SeqCst) || !in_foreground() {
+            return;
+        }
+        if let Err(error) = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &self.saved) {
+            tracing::warn!("the terminal stays in raw mode (type `reset`): {error}");
+        }
+    }
 }
 
 impl Drop for RawMode {
     fn drop(&mut self) {
-        RAW.store(false, Ordering::SeqCst);
-        if let Err(error) = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &self.saved) {
-            tracing::warn!("the terminal stays in raw mode (type `reset`): {error}");
-        }
+        self.leave();
     }
 }
 
@@ -58,12 +87,14 @@ pub fn is_input() -> bool {
     rustix::termios::isatty(rustix::stdio::stdin())
 }
 
-/// Whether standard input is a terminal and this process may use it: job control keeps a
-/// background job away from its own terminal, and has no say about any other.
-fn in_foreground() -> bool {
+/// Whether standard input is a terminal and this process may use it: job control stops a
+/// background job that reads its own terminal or sets it, and has no say about any other.
+pub fn in_foreground() -> bool {
     is_input()
-        && tcgetpgrp(rustix::stdio::stdin())
-            .map_or(true, |group| group == rustix::process::getpgrp())
+        && match tcgetpgrp(rustix::stdio::stdin()) {
+            Ok(group) => group == rustix::process::getpgrp(),
+            Err(error) => error == rustix::io::Errno::NOTTY,
+        }
 }
 
 /// Saves the settings where a panic or a fatal signal finds them, and catches both.
@@ -84,22 +115,19 @@ fn prepare_for_the_worst() {
             restore();
             default(info);
         }));
-        for signal in [
-            libc::SIGABRT,
-            libc::SIGBUS,
-            libc::SIGFPE,
-            libc::SIGILL,
-            libc::SIGSEGV,
-        ] {
-            restore_on(signal);
-        }
+        FATAL.into_iter().for_each(restore_on);
     });
 }
 
 /// Goes back to the settings before raw mode. Async-signal-safe.
 fn restore() {
     let saved = SAVED.load(Ordering::SeqCst);
-    if !saved.is_null() && RAW.swap(false, Ordering::SeqCst) {
+    // SAFETY: neither call takes a pointer, and both are async-signal-safe.
+    let background = unsafe {
+        let group = libc::tcgetpgrp(libc::STDIN_FILENO);
+        group != -1 && group != libc::getpgrp()
+    };
+    if !saved.is_null() && RAW.swap(false, Ordering::SeqCst) && !background {
         // SAFETY: a pointer in `SAVED` is a leaked box that nobody writes to any more.
         unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, saved) };
     }
@@ -114,6 +142,9 @@ extern "C" fn on_fatal_signal(signal: libc::c_int) {
 
 /// Restores the terminal before `signal` ends the process as it always does.
 fn restore_on(signal: libc::c_int) {
+    if crate::signals::is_ignored(signal) {
+        return;
+    }
     // SAFETY: all zeroes is a valid `sigaction`: no flags, an empty mask, the default action.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = on_fatal_signal as *const () as libc::sighandler_t;

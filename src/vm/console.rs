@@ -15,6 +15,8 @@ const OUTPUT_LIMIT: usize = 1 << 20;
 const GATHER: Duration = Duration::from_millis(1);
 /// How much output is worth no wait.
 const ENOUGH: usize = 4096;
+/// What is written at once, in bytes: each piece that is taken is a sign of a living reader.
+const PIECE: usize = 4096;
 /// How long the last output may take to be written without any progress.
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
 
@@ -69,31 +71,20 @@ impl Output {
         Ok(Output { shared, thread })
     }
 
-    /// Writes what is pending and ends. A reader that takes nothing for two seconds is left.
-    pub(crate) fn close(self) {
-        let mut pending = self.shared.lock();
-        pending.closing = true;
-        self.shared.arrived.notify_one();
-        let mut progress = pending.progress;
-        let mut deadline = Instant::now() + LAST_OUTPUT;
-        while !pending.done {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                // The thread hangs in a write; it ends with the process.
-                return;
-            }
-            pending = match self.shared.written.wait_timeout(pending, left) {
-                Ok((pending, _)) => pending,
-                Err(poisoned) => poisoned.into_inner().0,
-            };
-            if pending.progress != progress {
-                progress = pending.progress;
-                deadline = Instant::now() + LAST_OUTPUT;
+    /// Writes what is pending and ends, all outputs at once. A reader that takes nothing for two
+    /// seconds is left.
+    pub(crate) fn close(outputs: Vec<Output>) {
+        for output in &outputs {
+            output.shared.lock().closing = true;
+            output.shared.arrived.notify_one();
+        }
+        for Output { shared, thread } in outputs {
+            // One that hangs in a write ends with the process.
+            if shared.finish() {
+                // It is done; a panic in it has been reported.
+                let _ = thread.join();
             }
         }
-        drop(pending);
-        // It is done; a panic in it has been reported.
-        let _ = self.thread.join();
     }
 }
 
@@ -142,18 +133,42 @@ impl Shared {
         }
     }
 
+    /// Waits until all is written: false if there was no progress for two seconds.
+    fn finish(&self) -> bool {
+        let mut pending = self.lock();
+        let mut progress = pending.progress;
+        let mut deadline = Instant::now() + LAST_OUTPUT;
+        while !pending.done {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            pending = match self.written.wait_timeout(pending, left) {
+                Ok((pending, _)) => pending,
+                Err(poisoned) => poisoned.into_inner().0,
+            };
+            if pending.progress != progress {
+                progress = pending.progress;
+                deadline = Instant::now() + LAST_OUTPUT;
+            }
+        }
+        true
+    }
+
     /// Writes until the end. An outlet that fails is given up: what comes is dropped.
     fn pump(&self, outlet: Outlet) {
         let mut batch = Vec::new();
         let mut open = Some(outlet);
         while self.next_batch(&mut batch) {
-            if let Some(outlet) = &mut open
-                && outlet.write(&batch).is_err()
-            {
-                open = None;
+            for piece in batch.chunks(PIECE) {
+                if let Some(outlet) = &mut open
+                    && outlet.write(piece).is_err()
+                {
+                    open = None;
+                }
+                self.lock().progress += piece.len() as u64;
+                self.written.notify_one();
             }
-            self.lock().progress += batch.len() as u64;
-            self.written.notify_one();
         }
         self.lock().done = true;
         self.written.notify_one();
@@ -188,8 +203,11 @@ impl Shared {
 impl Outlet {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
-            Outlet::Stdout => write_stdout(bytes).inspect_err(|error| {
-                tracing::debug!("console output has no reader any more: {error}");
+            Outlet::Stdout => write_stdout(bytes).inspect_err(|error| match error.kind() {
+                io::ErrorKind::BrokenPipe => {
+                    tracing::debug!("console output has no reader any more");
+                }
+                _ => tracing::error!("standard output cannot be written any more: {error}"),
             }),
             Outlet::Log(file) => file.write_all(bytes).inspect_err(|error| {
                 tracing::error!("`console.log` cannot be written any more: {error}");
@@ -273,7 +291,7 @@ mod tests {
         for line in 0..1000 {
             write!(sink, "line {line}\r\n").unwrap();
         }
-        output.close();
+        Output::close(vec![output]);
         let mut text = String::new();
         log.rewind().unwrap();
         log.read_to_string(&mut text).unwrap();

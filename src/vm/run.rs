@@ -1,15 +1,19 @@
 //! `launcher up`: the VM's life from its file to the exit code, on the calling thread.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::Kvm;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
 
 use super::UpOptions;
 use super::console::{Hotkey, Hotkeys, Outlet, Output, OutputSink};
@@ -20,10 +24,7 @@ use super::{host, memory, vcpu};
 use crate::config::{ConsoleMode, Lifecycle, OnReboot, Vm};
 use crate::exit;
 use crate::terminal::{self, RawMode};
-use crate::{Error, Result};
-
-/// Keys that wait for a guest which does not read them, in bytes; more are dropped.
-const TYPE_AHEAD: usize = 4096;
+use crate::{Error, Result, messages, signals};
 
 /// Boots the VM and stays with it to its end. Returns the exit code.
 ///
@@ -37,35 +38,23 @@ fn up(config: &Vm, options: &UpOptions) -> Result<u8> {
     let kvm = Kvm::new().map_err(|error| {
         Error::failed(format!("cannot open /dev/kvm: {error}")).help("see `launcher doctor`")
     })?;
+    host::raise_open_files();
     vcpu::install_kick_handler()?;
     // What can be wrong with the kernel comes before anything happens to a disk.
     let memory = memory::allocate(config.memory)?;
-    let mut loaded = Some(Loaded::new(&kvm, config, Arc::clone(&memory))?);
+    let loaded = Loaded::new(&kvm, config, Arc::clone(&memory))?;
     let devices = Devices::open(config, options.engine)?;
     let mut session = Session::new(config)?;
 
-    let ended = loop {
-        let loaded = match loaded.take() {
-            Some(loaded) => loaded,
-            None => {
-                memory::clear(&memory)?;
-                Loaded::new(&kvm, config, Arc::clone(&memory))?
-            }
-        };
-        let sink = session.sink();
-        let machine = loaded.start(devices.all(), sink)?;
-        let end = session.supervise(&machine);
-        machine.stop();
-        match end? {
-            End::Guest(Outcome::Reboot) if session.restarts() => {
-                tracing::info!("the guest reboots");
-            }
-            end => break end,
-        }
+    let next = || {
+        memory::clear(&memory)?;
+        Loaded::new(&kvm, config, Arc::clone(&memory))
     };
+    let ended = session.run(loaded, next, &devices);
+    // However it ended: nothing that the guest wrote or printed is lost.
     let closed = devices.close();
     session.close();
-    let code = report(config, ended)?;
+    let code = report(config, ended?)?;
     closed.map(|()| code)
 }
 
@@ -83,11 +72,13 @@ fn report(config: &Vm, end: End) -> Result<u8> {
     match end {
         End::Guest(Outcome::PowerOff | Outcome::Reboot) => Ok(exit::DONE),
         End::Guest(Outcome::Crash) => {
-            eprintln!("launcher: guest `{name}` crashed (triple fault)");
+            messages::say(format_args!(
+                "launcher: guest `{name}` crashed (triple fault)"
+            ));
             Ok(exit::GUEST_CRASH)
         }
         End::Guest(Outcome::Panic) => {
-            eprintln!("launcher: guest `{name}` panicked");
+            messages::say(format_args!("launcher: guest `{name}` panicked"));
             Ok(exit::GUEST_PANIC)
         }
         End::Guest(Outcome::Failed(why)) => Err(Error::failed(why)),
@@ -102,6 +93,8 @@ fn report(config: &Vm, end: End) -> Result<u8> {
 struct Session {
     signals: UnixStream,
     outputs: Vec<Output>,
+    /// Standard input is a terminal, of which we may be in the background.
+    keyboard: bool,
     terminal: Option<RawMode>,
     hotkeys: Hotkeys,
     /// Read, but not taken by the guest yet.
@@ -121,41 +114,70 @@ impl Session {
         signals
             .set_nonblocking(true)
             .map_err(failed("set up a socket pair"))?;
-        for signal in [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGCONT] {
+        let caught = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT];
+        for signal in caught {
+            // A parent that ignores them (nohup, a shell's job in the background) wants it so.
+            if signal != SIGTERM && signals::is_ignored(signal) {
+                continue;
+            }
             // Each signal writes a byte of its own kind; the byte is what tells them apart.
             let sender = sender.try_clone().map_err(failed("copy a socket"))?;
             register(signal, sender).map_err(failed("catch signals"))?;
         }
+        signals::unblock(caught);
+        let stdio = config.console.mode == ConsoleMode::Stdio;
         let mut outlets = Vec::new();
-        let mut terminal = None;
-        if config.console.mode == ConsoleMode::Stdio {
+        if stdio {
             if let Some(path) = &config.console.log {
-                let log = OpenOptions::new().create(true).append(true).open(path);
-                outlets.push(Outlet::Log(log.map_err(|error| {
+                outlets.push(Outlet::Log(open_log(path).map_err(|error| {
                     let what = format!("the console's log {}", path.display());
                     Error::unopenable(&what, &error).about("console.log")
                 })?));
             }
             outlets.push(Outlet::Stdout);
-            terminal = RawMode::enter().map_err(failed("set up the terminal"))?;
         }
-        // A terminal that is not ours to use is not read: that would stop the process.
-        let no_input = terminal.is_none() && terminal::is_input();
         let outputs = outlets
             .into_iter()
             .map(Output::start)
-            .collect::<io::Result<_>>();
-        let outputs = outputs.map_err(failed("start a thread"))?;
+            .collect::<io::Result<_>>()
+            .map_err(failed("start a thread"))?;
+        let keyboard = stdio && terminal::is_input();
+        let terminal = match keyboard {
+            true => RawMode::enter().map_err(failed("set up the terminal"))?,
+            false => None,
+        };
         Ok(Session {
             signals,
             outputs,
+            keyboard,
             terminal,
             hotkeys: Hotkeys::default(),
             input: Vec::new(),
-            input_ended: no_input || config.console.mode == ConsoleMode::Off,
+            input_ended: !stdio,
             stopping: None,
             lifecycle: config.lifecycle.clone(),
         })
+    }
+
+    /// Stays with the machine that is loaded, and after each reboot with the `next`, to the end.
+    fn run(
+        &mut self,
+        mut loaded: Loaded,
+        next: impl Fn() -> Result<Loaded>,
+        devices: &Devices,
+    ) -> Result<End> {
+        loop {
+            let machine = loaded.start(devices.all(), self.sink())?;
+            let end = self.supervise(&machine);
+            machine.stop();
+            match end? {
+                End::Guest(Outcome::Reboot) if self.restarts() => {
+                    tracing::info!("the guest reboots");
+                    loaded = next()?;
+                }
+                end => return Ok(end),
+            }
+        }
     }
 
     /// Where a machine's serial port sends to; `None` if there is none.
@@ -172,6 +194,10 @@ impl Session {
     fn supervise(&mut self, machine: &Machine) -> Result<End> {
         loop {
             if let Some(outcome) = machine.events().outcome() {
+                // A signal that came before a reboot does not wait for the next machine.
+                if let Some(end) = self.on_signals(machine) {
+                    return Ok(end);
+                }
                 return Ok(End::Guest(outcome));
             }
             if self
@@ -204,13 +230,18 @@ impl Session {
     }
 
     /// Sleeps until there is something to do.
-    fn wait(&self, machine: &Machine) -> Result<Ready> {
+    fn wait(&mut self, machine: &Machine) -> Result<Ready> {
+        let may_read = !self.input_ended && self.may_read();
         let stdin = rustix::stdio::stdin();
         let (ended, signals) = (as_fd(machine.events().eventfd()), self.signals.as_fd());
         let mut fds = vec![
             PollFd::from_borrowed_fd(ended, PollFlags::IN),
             PollFd::from_borrowed_fd(signals, PollFlags::IN),
         ];
+        let mut timeout = self
+            .stopping
+            .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let mut wake_in = |after: Duration| timeout = Some(timeout.map_or(after, |t| t.min(after)));
         let (mut room, mut keys) = (None, None);
         if let Some(serial) = machine.serial() {
             room = Some(fds.len());
@@ -218,17 +249,20 @@ impl Session {
                 as_fd(serial.room()),
                 PollFlags::IN,
             ));
-            // A flood waits in its pipe until the guest can take it. Keys are read at once: the
-            // hot key works whatever the guest does.
-            let wanted = self.input.is_empty() && serial.capacity() > 0;
-            if !self.input_ended && (wanted || self.terminal.is_some()) {
+            // A flood waits in the pipe until the guest has taken what came before.
+            if may_read && self.input.len() < self.input_limit() {
                 keys = Some(fds.len());
                 fds.push(PollFd::from_borrowed_fd(stdin, PollFlags::IN));
             }
+            // A port in loopback mode takes no input for a while, and does not tell of its end.
+            if !self.input.is_empty() && serial.capacity() > 0 {
+                wake_in(Duration::from_millis(20));
+            }
         }
-        let timeout = self
-            .stopping
-            .map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if !self.input_ended && !may_read {
+            // A shell that moves us to the foreground does not tell either.
+            wake_in(Duration::from_secs(1));
+        }
         match poll(&mut fds, timeout.map(timespec).as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
@@ -242,12 +276,44 @@ impl Session {
         })
     }
 
+    /// How much input may wait for the guest. Keys are read ahead of it: the hot key must work
+    /// however long the guest has read nothing.
+    fn input_limit(&self) -> usize {
+        const KEYS: usize = 64 << 10;
+        if self.keyboard { KEYS } else { 1 }
+    }
+
+    /// Whether standard input may be read. A terminal, only in the foreground: there it is taken
+    /// (again, if a shell has had it meanwhile).
+    fn may_read(&mut self) -> bool {
+        if !self.keyboard {
+            return true;
+        }
+        if !terminal::in_foreground() {
+            return false;
+        }
+        let raw = match &self.terminal {
+            Some(_) if terminal::RAW.load(Ordering::SeqCst) => return true,
+            Some(terminal) => terminal.apply(),
+            None => RawMode::enter().map(|terminal| self.terminal = terminal),
+        };
+        if let Err(error) = raw {
+            tracing::warn!("cannot set up the terminal, its keys are not read: {error}");
+            self.input_ended = true;
+        }
+        true
+    }
+
     fn on_signals(&mut self, machine: &Machine) -> Option<End> {
         let mut bytes = [0; 64];
         let count = self.signals.read(&mut bytes).unwrap_or(0);
         for &signal in &bytes[..count] {
             match i32::from(signal) {
-                SIGCONT => self.on_continue(),
+                // The shell has had the terminal meanwhile, and has changed its settings.
+                SIGCONT => terminal::RAW.store(false, Ordering::SeqCst),
+                SIGTSTP => self.suspend(),
+                // One for each of a shell and its terminal that end is usual.
+                SIGHUP if self.stopping.is_some() => {}
                 SIGQUIT => return Some(End::Forced("SIGQUIT".into())),
                 signal if self.stopping.is_some() => {
                     return Some(End::Forced(format!("a second {}", name(signal))));
@@ -258,24 +324,19 @@ impl Session {
         None
     }
 
-    /// The process goes on after it was stopped: the shell has had the terminal meanwhile, and
-    /// may have brought a background job to the foreground.
-    fn on_continue(&mut self) {
-        let set_up = match &self.terminal {
-            Some(terminal) => terminal.apply(),
-            None if self.outputs.is_empty() => return,
-            None => RawMode::enter().map(|terminal| {
-                self.input_ended &= terminal.is_none();
-                self.terminal = terminal;
-            }),
-        };
-        if let Err(error) = set_up {
-            tracing::warn!("cannot set up the terminal again: {error}");
+    /// Stops the process, the terminal as it was before.
+    fn suspend(&self) {
+        if let Some(terminal) = &self.terminal {
+            terminal.leave();
+        }
+        if let Err(error) = signal_hook::low_level::emulate_default_handler(SIGTSTP) {
+            tracing::warn!("cannot stop the process: {error}");
         }
     }
 
     fn on_keys(&mut self, machine: &Machine) -> Option<End> {
         let mut buffer = [0; 64];
+        let before = self.input.len();
         match rustix::io::read(rustix::stdio::stdin(), &mut buffer) {
             // End of input; a terminal that is gone reports an error for good.
             Ok(0) | Err(rustix::io::Errno::IO) => self.input_ended = true,
@@ -287,9 +348,12 @@ impl Session {
             }
         }
         // In a pipe or a file the byte is data like any other.
-        self.terminal.as_ref()?;
-        let hotkey = self.hotkeys.take(&mut self.input, Instant::now());
-        self.input.truncate(TYPE_AHEAD);
+        if !self.keyboard {
+            return None;
+        }
+        let mut typed = self.input.split_off(before);
+        let hotkey = self.hotkeys.take(&mut typed, Instant::now());
+        self.input.append(&mut typed);
         match hotkey? {
             Hotkey::End => Some(End::Forced("Ctrl-] twice".into())),
             Hotkey::PowerButton => {
@@ -328,9 +392,7 @@ impl Session {
 
     /// Writes the last output and gives the terminal back.
     fn close(self) {
-        for output in self.outputs {
-            output.close();
-        }
+        Output::close(self.outputs);
         drop(self.terminal);
     }
 }
@@ -341,6 +403,17 @@ struct Ready {
     signals: bool,
     room: bool,
     keys: bool,
+}
+
+/// Opens the log to append to. A FIFO without a reader is an error, not a wait for one.
+fn open_log(path: &Path) -> io::Result<File> {
+    let log = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .custom_flags(OFlags::NONBLOCK.bits() as i32)
+        .open(path)?;
+    fcntl_setfl(&log, fcntl_getfl(&log)? - OFlags::NONBLOCK)?;
+    Ok(log)
 }
 
 /// Has the handler of `signal` write its number to `sender`.
