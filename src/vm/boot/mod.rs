@@ -200,11 +200,20 @@ fn load_initrd(
     let address = address
         .filter(|&address| address >= kernel_end)
         .ok_or_else(|| {
-            memory_too_small(
-                memory_size,
-                kernel_end.saturating_add(size),
-                "the kernel with its initrd",
-            )
+            let needed = kernel_end.saturating_add(size.next_multiple_of(PAGE));
+            // More memory does not help where it is not memory that lacks.
+            let limit = HOLE_START.min(address_max.saturating_add(1));
+            match needed > limit {
+                true => Error::usage(format!(
+                    "the initrd {} is {} MiB, this kernel takes at most {} MiB",
+                    path.display(),
+                    size.div_ceil(1 << 20),
+                    limit.saturating_sub(kernel_end) >> 20
+                ))
+                .help("leave out of it what a disk can hold")
+                .about("boot.initrd"),
+                false => memory_too_small(memory_size, needed, "the kernel with its initrd"),
+            }
         })?;
     memory
         .read_exact_volatile_from(GuestAddress(address), &mut file, size as usize)
@@ -214,6 +223,8 @@ fn load_initrd(
 
 /// Writes the command line with its NUL. `limit` is the longest that the kernel takes.
 fn write_cmdline(memory: &GuestMemory, cmdline: &str, limit: usize) -> Result<()> {
+    // Whatever a header says: behind it lie the tables of the first MiB.
+    let limit = limit.min((LOW_RAM_END - layout::CMDLINE) as usize - 1);
     if cmdline.len() > limit {
         return Err(Error::usage(format!(
             "the kernel command line is {} bytes, this kernel takes at most {limit}",

@@ -148,6 +148,17 @@ fn memory_too_small_for_the_unpacked_kernel_is_refused_with_what_is_needed() {
 }
 
 #[test]
+fn an_initrd_above_what_the_kernel_takes_is_not_told_as_too_little_memory() {
+    let low = |header: &mut setup_header| header.initrd_addr_max = 0x380_0000 - 1;
+    let bench = Bench::new(&bzimage(low)).initrd(9 << 20);
+    let message = bench.refusal(256 * MIB, "");
+    assert!(
+        message.contains("initrd is 9 MiB, this kernel takes at most 8 MiB"),
+        "{message}"
+    );
+}
+
+#[test]
 fn a_command_line_past_the_kernels_limit_is_refused() {
     let bench = Bench::new(&bzimage(|header| header.cmdline_size = 9));
     assert!(bench.load(64 * MIB, "123456789").is_ok());
