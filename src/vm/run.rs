@@ -1,9 +1,9 @@
 //! `launcher up`: the VM's life from its file to the exit code, on the calling thread.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -129,10 +129,18 @@ impl Session {
         let mut outlets = Vec::new();
         if stdio {
             if let Some(path) = &config.console.log {
-                outlets.push(Outlet::Log(open_log(path).map_err(|error| {
+                let log = open_log(path).map_err(|error| {
                     let what = format!("the console's log {}", path.display());
                     Error::unopenable(&what, &error).about("console.log")
-                })?));
+                })?;
+                if let Some(other) = same_file(&log, config) {
+                    let other = other.display();
+                    let message = format!("`console.log` is the same file as {other}");
+                    return Err(Error::usage(message)
+                        .help("what the guest prints would be written into it: give another file")
+                        .about("console.log"));
+                }
+                outlets.push(Outlet::Log(log));
             }
             outlets.push(Outlet::Stdout);
         }
@@ -414,6 +422,18 @@ fn open_log(path: &Path) -> io::Result<File> {
         .open(path)?;
     fcntl_setfl(&log, fcntl_getfl(&log)? - OFlags::NONBLOCK)?;
     Ok(log)
+}
+
+/// The disk, kernel or initrd of the VM that this file is, by whatever name.
+fn same_file<'a>(log: &File, config: &'a Vm) -> Option<&'a Path> {
+    let log = log.metadata().ok().filter(Metadata::is_file)?;
+    let same = |file: Metadata| (file.dev(), file.ino()) == (log.dev(), log.ino());
+    let disks = config.block.iter().map(|block| &block.path);
+    let mut others = disks
+        .chain([&config.boot.kernel])
+        .chain(&config.boot.initrd);
+    let other = others.find(|other| std::fs::metadata(other).is_ok_and(same))?;
+    Some(other)
 }
 
 /// Has the handler of `signal` write its number to `sender`.

@@ -151,8 +151,24 @@ fn a_log_that_cannot_be_opened_is_an_error_before_the_guest_runs() {
         let out = vm.out.clone();
         let (code, said) = vm.end();
         assert_eq!((code, &*out.whole()), (2, ""));
-        assert!(said.contains("`console.log`: cannot open"), "{said}");
+        assert!(said.contains("cannot open the console's log"), "{said}");
         assert!(said.contains(what), "{said}");
+    }
+}
+
+#[test]
+fn a_log_that_is_a_disk_or_the_kernel_is_refused() {
+    for (log, name) in [("disk.raw", "disk.raw"), ("link", "kernel")] {
+        let disk = "[[block]]\npath = \"disk.raw\"\nsize = \"1MiB\"";
+        let folder = Folder::new(&[print("x"), power_off()].concat(), disk);
+        let toml = fs::read_to_string(folder.path("vm.toml")).unwrap();
+        let toml = format!("console.log = \"{log}\"\n{toml}");
+        fs::write(folder.path("vm.toml"), toml).unwrap();
+        fs::hard_link(folder.path("kernel"), folder.path("link")).unwrap();
+        let (code, said) = folder.up().end();
+        assert_eq!(code, 2, "{said}");
+        assert!(said.contains("is the same file as"), "{said}");
+        assert!(said.contains(name), "{said}");
     }
 }
 

@@ -113,6 +113,24 @@ fn a_second_sigterm_ends_a_guest_that_never_leaves_its_code() {
 }
 
 #[test]
+fn signals_that_the_parent_has_blocked_work() {
+    let folder = Folder::new(&[print("up\r\n"), spin()].concat(), "");
+    let mut command = std::process::Command::new("env");
+    let piped = std::process::Stdio::piped;
+    command
+        .args(["--block-signal", env!("CARGO_BIN_EXE_launcher"), "up"])
+        .arg("--force")
+        .current_dir(folder.path(""))
+        .stdin(std::process::Stdio::null());
+    let vm = Vm::spawn(command.stdout(piped()).stderr(piped()));
+    vm.out.wait_for("up\r\n", 1);
+    vm.signal(Signal::TERM);
+    thread::sleep(Duration::from_millis(300));
+    vm.signal(Signal::TERM);
+    assert_eq!(vm.end().0, 1);
+}
+
+#[test]
 fn a_closed_window_hangs_up_twice_and_means_one_press() {
     let code = [
         wait_for_button(),
