@@ -40,6 +40,7 @@ struct Setup {
     engine: Engine,
     size: u64,
     ro: bool,
+    o_direct: bool,
     block_size: u32,
     queues: u16,
     queue_size: u16,
@@ -56,6 +57,7 @@ impl Setup {
             engine: Engine::Auto,
             size: SIZE,
             ro: false,
+            o_direct: false,
             block_size: 512,
             queues: 1,
             queue_size: 256,
@@ -84,7 +86,7 @@ impl Setup {
                 path,
                 ro: self.ro,
                 sparse: self.format.name != "raw",
-                o_direct: false,
+                o_direct: self.o_direct,
                 block_size: self.block_size,
                 lock: true,
                 size: None,
@@ -102,7 +104,12 @@ impl Setup {
 
     /// A disk of pseudorandom bytes, not plugged in.
     fn open(&self) -> (Blk, TempDir) {
-        let dir = tempfile::tempdir().unwrap();
+        let dir = match self.o_direct {
+            false => tempfile::tempdir(),
+            // A directory for temporary files may be in memory, where there is no O_DIRECT.
+            true => tempfile::tempdir_in(std::env::current_exe().unwrap().parent().unwrap()),
+        };
+        let dir = dir.unwrap();
         let path = dir.path().join("disk.img");
         std::fs::write(&path, pattern(0, self.size)).unwrap();
         (Blk::open(self.options(path)).unwrap(), dir)

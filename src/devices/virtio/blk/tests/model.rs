@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::chains::Random;
 use super::*;
 
-/// Requests in each run; `LAUNCHER_MODEL_OPS` says otherwise.
+/// Requests in each test; `LAUNCHER_MODEL_OPS` says otherwise.
 const OPS: u64 = 4000;
 /// Most requests in flight.
 const DEPTH: usize = 64;
@@ -275,15 +275,27 @@ impl Run {
     }
 }
 
-fn run(setup: Setup) {
+/// Runs the model on each of `setups`, which share the number of requests.
+fn run(setups: impl IntoIterator<Item = Setup>) {
     let ops = std::env::var("LAUNCHER_MODEL_OPS").ok();
     let ops = ops.map_or(OPS, |ops| ops.parse().unwrap());
-    let limit = 6 * PATIENCE + Duration::from_millis(ops);
+    let setups: Vec<_> = setups.into_iter().collect();
+    let ops_each = ops / setups.len() as u64;
+    let limit = 6 * PATIENCE + Duration::from_millis(2 * ops);
     within(limit, "a run of the model", move || {
-        for seed in 1..=2 {
-            println!("seed {seed}");
-            let mut run = Run::new(&setup, seed);
-            for _ in 0..ops / 2 {
+        for (seed, setup) in (1..).zip(&setups) {
+            let Setup {
+                engine,
+                o_direct,
+                block_size,
+                ..
+            } = setup;
+            println!(
+                "{} {engine:?}, o_direct {o_direct}, block_size {block_size}: {ops_each} requests, seed {seed}",
+                setup.format.name
+            );
+            let mut run = Run::new(setup, seed);
+            for _ in 0..ops_each {
                 run.step();
             }
             run.finish();
@@ -291,39 +303,56 @@ fn run(setup: Setup) {
     });
 }
 
+/// Runs the model with both engines and with small and large blocks.
+fn run_each(setup: &Setup) {
+    let cases = [
+        (Engine::IoUring, 512),
+        (Engine::IoUring, 4096),
+        (Engine::Threads, 512),
+        (Engine::Threads, 4096),
+    ];
+    run(cases.map(|(engine, block_size)| Setup {
+        engine,
+        block_size,
+        queues: 3,
+        ..setup.clone()
+    }));
+}
+
+/// As `run_each` with O_DIRECT, if the file system that holds the tests has it.
+fn run_each_direct(setup: &Setup) {
+    use rustix::fs::{Mode, OFlags};
+
+    let flags = OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC;
+    let exe = std::env::current_exe().unwrap();
+    if let Err(errno) = rustix::fs::open(&exe, flags, Mode::empty()) {
+        println!("not run: {} has no O_DIRECT: {errno}", exe.display());
+        return;
+    }
+    run_each(&Setup {
+        o_direct: true,
+        ..setup.clone()
+    });
+}
+
 #[test]
 fn raw_behaves_as_the_model() {
-    run(Setup {
-        engine: Engine::IoUring,
-        ..Setup::raw()
-    });
+    run_each(&Setup::raw());
+}
+
+#[test]
+fn raw_with_o_direct_behaves_as_the_model() {
+    run_each_direct(&Setup::raw());
 }
 
 #[test]
 fn sparse_raw_behaves_as_the_model() {
-    run(Setup {
-        engine: Engine::IoUring,
-        queues: 3,
-        ..Setup::sparse_raw()
-    });
+    run_each(&Setup::sparse_raw());
 }
 
 #[test]
-fn blocks_of_4096_bytes_behave_as_the_model() {
-    run(Setup {
-        engine: Engine::IoUring,
-        block_size: 4096,
-        ..Setup::sparse_raw()
-    });
-}
-
-#[test]
-fn threads_behave_as_the_model() {
-    run(Setup {
-        engine: Engine::Threads,
-        queues: 2,
-        ..Setup::sparse_raw()
-    });
+fn sparse_raw_with_o_direct_behaves_as_the_model() {
+    run_each_direct(&Setup::sparse_raw());
 }
 
 #[test]
@@ -333,12 +362,12 @@ fn small_virtqueues_without_event_idx_behave_as_the_model() {
         queues: 2,
         ..Setup::sparse_raw()
     };
-    run(setup.decline(VIRTIO_RING_F_EVENT_IDX));
+    run([setup.decline(VIRTIO_RING_F_EVENT_IDX)]);
 }
 
 #[test]
 fn write_through_behaves_as_the_model() {
-    run(Setup::sparse_raw()
+    run([Setup::sparse_raw()
         .decline(VIRTIO_BLK_F_CONFIG_WCE)
-        .decline(VIRTIO_BLK_F_FLUSH));
+        .decline(VIRTIO_BLK_F_FLUSH)]);
 }
