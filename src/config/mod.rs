@@ -131,5 +131,23 @@ fn renderer() -> Renderer {
     }
 }
 
+/// For the fuzz target of the same name.
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing {
+    use super::*;
+
+    /// Reads a VM from the bytes of a file.
+    pub fn parse(bytes: &[u8]) -> Result<Vm> {
+        let formats = formats::formats()?;
+        let source = Source {
+            file: Path::new("/vm/vm.toml"),
+            home: Some(Path::new("/home")),
+            formats: &formats,
+        };
+        super::parse(bytes, &source, &Renderer::plain()).map_err(Error::rendered)
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -4,6 +4,9 @@
 
 mod counters;
 mod features;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod request;
 mod serve;
 #[cfg(test)]

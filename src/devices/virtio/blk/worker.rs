@@ -140,7 +140,7 @@ pub(super) fn run(
 }
 
 impl Worker {
-    async fn open(
+    pub(super) async fn open(
         options: &BlkOptions,
         ring: &Ring,
         shared: &Arc<Shared>,
@@ -231,7 +231,7 @@ impl Worker {
         result
     }
 
-    fn activate(self: &Rc<Self>, activation: Activation) -> io::Result<()> {
+    pub(super) fn activate(self: &Rc<Self>, activation: Activation) -> io::Result<()> {
         let Activation {
             memory,
             features,
@@ -271,7 +271,7 @@ impl Worker {
     }
 
     /// Ends what `activate` began: waits for the requests in flight.
-    async fn reset(&self) {
+    pub(super) async fn reset(&self) {
         self.gate.set(Gate::Shut);
         if let Some(serving) = &*self.serving.borrow() {
             for kick in &serving.kicks {
@@ -285,7 +285,7 @@ impl Worker {
         self.gate.set(Gate::Open);
     }
 
-    async fn resize(&self, size: u64) -> io::Result<()> {
+    pub(super) async fn resize(&self, size: u64) -> io::Result<()> {
         let refused = |message: String| Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         let block_size = self.profile.block_size;
         if self.profile.ro {
@@ -316,7 +316,7 @@ impl Worker {
         result
     }
 
-    async fn close(&self) -> io::Result<()> {
+    pub(super) async fn close(&self) -> io::Result<()> {
         let disk = self.disk.borrow_mut().take().and_then(Rc::into_inner);
         match disk {
             Some(disk) => disk.close().await,
@@ -325,7 +325,7 @@ impl Worker {
     }
 
     /// Waits until `done`, which is looked at whenever a request or a task has come to its end.
-    async fn until(&self, done: impl Fn(&Self) -> bool) {
+    pub(super) async fn until(&self, done: impl Fn(&Self) -> bool) {
         poll_fn(|cx| {
             if done(self) {
                 return Poll::Ready(());

@@ -1,0 +1,14 @@
+//! A VM's file from any bytes: plain data or diagnostics, in bounded time and memory.
+
+#![no_main]
+
+use launcher::config::fuzzing::parse;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    if let Err(error) = parse(data) {
+        let text = error.to_string();
+        assert!(text.contains("error: "), "{text}");
+        assert!(text.len() < 1 << 20, "{} bytes of diagnostics", text.len());
+    }
+});
