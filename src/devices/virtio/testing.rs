@@ -323,6 +323,11 @@ impl Driver {
         self.publish();
     }
 
+    /// Address of the used ring.
+    pub(crate) fn used_ring(&self) -> u64 {
+        self.base + USED
+    }
+
     /// Index that the device has reached in the used ring.
     pub(crate) fn used_index(&self) -> u16 {
         let index = GuestAddress(self.base + USED + 2);

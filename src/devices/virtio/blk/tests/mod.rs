@@ -6,6 +6,7 @@ mod fake;
 mod faults;
 mod lifecycle;
 mod model;
+mod normative;
 mod requests;
 
 use std::path::PathBuf;
