@@ -434,6 +434,7 @@ impl Disk {
             options: Vec::new(),
         };
         let blk = Blk::open(BlkOptions {
+            ephemeral: false,
             image,
             format: formats::find(self.format).unwrap(),
             id: Some("SECOND DRIVER".into()),
