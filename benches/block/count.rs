@@ -68,7 +68,39 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Counts the system calls of one thread.
+/// A thread of this process.
+pub(crate) struct Thread(PathBuf);
+
+impl Thread {
+    /// The thread whose name begins with `name`.
+    pub(crate) fn named(name: &str) -> Result<Thread> {
+        for task in fs::read_dir("/proc/self/task")? {
+            let path = task?.path();
+            if fs::read_to_string(path.join("comm"))?.starts_with(name) {
+                return Ok(Thread(path));
+            }
+        }
+        Err(format!("no thread is called `{name}`").into())
+    }
+
+    /// Processor time that it has taken so far, in nanoseconds.
+    pub(crate) fn time(&self) -> Result<u64> {
+        let schedstat = fs::read_to_string(self.0.join("schedstat"))?;
+        let time = schedstat.split(' ').next().map(str::parse);
+        Ok(time.ok_or("an empty schedstat")??)
+    }
+
+    /// Counts its system calls from now on.
+    pub(crate) fn system_calls(&self) -> Result<SystemCalls> {
+        let id = self.0.file_name().and_then(|id| id.to_str()?.parse().ok());
+        Ok(match traced(id.ok_or("a thread without a number")?) {
+            Some(file) => SystemCalls::Traced(file),
+            None => SystemCalls::Accounted(self.0.join("io")),
+        })
+    }
+}
+
+/// A count of system calls.
 pub(crate) enum SystemCalls {
     /// By the kernel's trace point `raw_syscalls:sys_enter`: all of them.
     Traced(File),
@@ -77,22 +109,6 @@ pub(crate) enum SystemCalls {
 }
 
 impl SystemCalls {
-    /// Of the thread of this process whose name begins with `name`.
-    pub(crate) fn of_thread(name: &str) -> Result<SystemCalls> {
-        for task in fs::read_dir("/proc/self/task")? {
-            let path = task?.path();
-            if fs::read_to_string(path.join("comm"))?.starts_with(name) {
-                let id = path.file_name().and_then(|id| id.to_str()?.parse().ok());
-                let id = id.ok_or("a thread without a number")?;
-                return Ok(match traced(id) {
-                    Some(file) => SystemCalls::Traced(file),
-                    None => SystemCalls::Accounted(path.join("io")),
-                });
-            }
-        }
-        Err(format!("no thread is called `{name}`").into())
-    }
-
     /// How it counts.
     pub(crate) fn means(&self) -> &'static str {
         match self {

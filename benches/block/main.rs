@@ -16,7 +16,7 @@ use formats::{Engine, Image};
 use launcher::devices::GuestMemory;
 use launcher::devices::virtio::blk::{Blk, BlkOptions};
 
-use count::{Counting, SystemCalls};
+use count::{Counting, Thread};
 use driver::Driver;
 use plain::Plain;
 
@@ -215,7 +215,9 @@ struct Pair<'a> {
     work: &'a Workload,
     plain: Plain<'a>,
     driver: Driver<'a>,
-    calls: SystemCalls,
+    /// The disk's.
+    thread: Thread,
+    own_thread: Thread,
 }
 
 impl Pair<'_> {
@@ -266,19 +268,28 @@ impl Pair<'_> {
     fn measure(&mut self) -> Result<String> {
         let count = self.calibrate()?;
         let (mut plain, mut own, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-        let (mut calls, mut notifications, mut interrupts) = (0, 0, 0);
+        let (mut notifications, mut interrupts) = (0, 0);
+        let (mut own_time, mut plain_time) = (0, 0);
         for round in 1..=self.options.rounds as u64 {
+            let before = self.own_thread.time()?;
             let reference = self.run_plain(round, count)?;
-            let (calls_before, signals_before) = (self.calls.value()?, self.driver.signals());
+            plain_time += self.own_thread.time()? - before;
+            let (before, signals_before) = (self.thread.time()?, self.driver.signals());
             let time = self.run_driver(round, count)?;
             let signals = self.driver.signals();
-            calls += self.calls.value()? - calls_before;
+            own_time += self.thread.time()? - before;
             notifications += signals.0 - signals_before.0;
             interrupts += signals.1 - signals_before.1;
             plain.push(self.work.speed(count, reference));
             own.push(self.work.speed(count, time));
             ratios.push(reference.as_secs_f64() / time.as_secs_f64());
         }
+        // Apart, for counting them slows them down.
+        let calls = self.thread.system_calls()?;
+        let before = calls.value()?;
+        self.run_driver(0, count)?;
+        let calls = (calls.value()? - before) as f64 / count as f64;
+
         let (plain, ..) = spread(&mut plain);
         let (own, ..) = spread(&mut own);
         let (ratio, least, most) = spread(&mut ratios);
@@ -297,8 +308,9 @@ impl Pair<'_> {
         )?;
         write!(
             row,
-            " | {:>8.3} | {:>8.3} | {:>8.3} |",
-            each(calls),
+            " | {:>7.2} | {:>7.2} | {calls:>8.3} | {:>8.3} | {:>8.3} |",
+            each(own_time) / 1e3,
+            each(plain_time) / 1e3,
             each(interrupts),
             each(notifications)
         )?;
@@ -338,12 +350,14 @@ fn measure(
             work,
             plain: Plain::new(&place.path, place.direct, memory, work)?,
             driver: Driver::new(&mut blk, memory, work)?,
-            calls: SystemCalls::of_thread("disk ")?,
+            thread: Thread::named("disk ")?,
+            own_thread: Thread::named("")?,
         };
         println!("| {name:<28} | {}", pair.measure()?);
         if work.depth == 32 && queues == 1 && !(work.write && place.direct) {
             let (growth, allocations) = pair.heap()?;
-            let verdict = if growth <= 0 { "met" } else { "MISSED" };
+            // A vector that has found its final size is no leak; a byte a request would be.
+            let verdict = if growth < 4096 { "met" } else { "MISSED" };
             heap.push(format!(
                 "| {name:<28} | {growth:>6} | {verdict:<6} | {allocations:>6.3} |"
             ));
@@ -387,10 +401,19 @@ fn main() -> Result<()> {
     );
     let memory = driver::guest_memory()?;
     println!(
-        "\n| {:<28} | {:>9} | {:>9} | unit | ratio | {:>11} | {:<14} | {:>8} | {:>8} | {:>8} |",
-        "", "launcher", "plain", "least-most", "bar", "syscalls", "interr.", "notif."
+        "\n| {:<28} | {:>9} | {:>9} | unit | ratio | {:>11} | {:<14} | {:>7} | {:>7} | {:>8} | {:>8} | {:>8} |",
+        "",
+        "launcher",
+        "plain",
+        "least-most",
+        "bar",
+        "cpu us",
+        "plain",
+        "syscalls",
+        "interr.",
+        "notif."
     );
-    println!("|{}", "---|".repeat(10));
+    println!("|{}", "---|".repeat(12));
     let mut heap = Vec::new();
     for place in &places {
         create_image(&place.path, options.image_size)?;
@@ -409,10 +432,11 @@ fn main() -> Result<()> {
     for row in heap {
         println!("{row}");
     }
-    println!("\nsyscalls, interr., notif., allocations: for each request, on the device's side");
+    println!("\ncpu us, syscalls: of the disk's thread for each request (plain: of the loop's);");
+    println!("interr., notif., allocations: for each request");
     println!(
         "system calls counted: {}",
-        SystemCalls::of_thread("block")?.means()
+        Thread::named("")?.system_calls()?.means()
     );
     Ok(())
 }
