@@ -116,7 +116,9 @@ impl Segments {
             left -= piece.iov_len;
             gone += 1;
         }
-        self.iov.drain(..gone);
+        if gone > 0 {
+            self.iov.drain(..gone);
+        }
     }
 
     /// The `len` bytes at `offset`, cut off at the end.

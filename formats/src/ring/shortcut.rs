@@ -132,19 +132,21 @@ pub(super) fn attempt(request: &Request) -> Option<i32> {
 
 fn transfer(request: &Request, flags: i32) -> i32 {
     let (fd, iov) = (request.file.as_raw_fd(), request.iovecs());
-    let Ok(offset) = i64::try_from(request.offset) else {
+    let number = match request.kind {
+        Kind::Read => libc::SYS_preadv2,
+        _ => libc::SYS_pwritev2,
+    };
+    // No larger offset: -1 would be the file's own position.
+    let Ok(offset) = libc::c_long::try_from(request.offset) else {
         return -libc::EINVAL;
     };
-    let (pointer, count) = (iov.as_ptr(), iov.len() as i32);
+    // Two longs make the offset; on 64-bit machines the upper one has no bits of it. libc's own
+    // functions are cancellation points, which costs each call two locked instructions.
+    let upper: libc::c_long = 0;
     // SAFETY: the pieces are mapped, for the request owns their segments, and `iov` outlives
     // the call.
-    let result = unsafe {
-        match request.kind {
-            Kind::Read => libc::preadv2(fd, pointer, count, offset, flags),
-            _ => libc::pwritev2(fd, pointer, count, offset, flags),
-        }
-    };
-    super::pool::negated(result)
+    let result = unsafe { libc::syscall(number, fd, iov.as_ptr(), iov.len(), offset, upper, flags) };
+    super::pool::negated(result as isize)
 }
 
 #[cfg(test)]

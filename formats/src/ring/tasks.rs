@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Wake, Waker};
@@ -101,7 +102,8 @@ struct Slot {
     /// Out while it is polled.
     task: Option<Task>,
     place: Arc<Place>,
-    waker: Waker,
+    /// A waker of the place, shared so that polling costs no locked instruction.
+    waker: Rc<Waker>,
 }
 
 /// Tasks that were ready at one time.
@@ -169,7 +171,7 @@ impl Tasks {
             });
             slots.push(Slot {
                 task: None,
-                waker: Arc::clone(&place).into(),
+                waker: Rc::new(Arc::clone(&place).into()),
                 place,
             });
             slots.len() as u32 - 1
@@ -213,7 +215,7 @@ impl Tasks {
             let Some(task) = slot.task.take() else {
                 return;
             };
-            (task, slot.waker.clone())
+            (task, Rc::clone(&slot.waker))
         };
         let done = task.as_mut().poll(&mut Context::from_waker(&waker));
         if done.is_pending() {
