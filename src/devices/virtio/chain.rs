@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use formats::Segments;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use crate::devices::GuestMemory;
 
@@ -93,6 +93,7 @@ impl DescriptorTable {
     /// has no end, or none that can be found.
     fn descriptors(&self, head: u16, mut add: impl FnMut(&Descriptor)) -> Result<(), &'static str> {
         let (mut table, mut size) = (self.address, u32::from(self.size));
+        let mut whole = self.table(table, size);
         let mut in_indirect = false;
         let mut index = u32::from(head);
         let mut buffers = 0;
@@ -100,10 +101,15 @@ impl DescriptorTable {
             if index >= size {
                 return Err("a descriptor index is out of range");
             }
-            let descriptor: Descriptor = table
-                .checked_add(u64::from(index) * DESCRIPTOR_SIZE)
-                .and_then(|address| self.memory.read_obj(address).ok())
-                .ok_or("an indirect descriptor table lies outside guest memory")?;
+            let offset = u64::from(index) * DESCRIPTOR_SIZE;
+            let descriptor: Option<Descriptor> = match &whole {
+                Some(whole) => whole.read_obj(offset as usize).ok(),
+                None => table
+                    .checked_add(offset)
+                    .and_then(|address| self.memory.read_obj(address).ok()),
+            };
+            let descriptor =
+                descriptor.ok_or("an indirect descriptor table lies outside guest memory")?;
             if descriptor.refers_to_indirect_table() {
                 if !self.indirect {
                     return Err("an indirect descriptor, which was not negotiated");
@@ -119,6 +125,7 @@ impl DescriptorTable {
                     return Err("the length of an indirect table is not a multiple of 16");
                 }
                 (table, size) = (descriptor.addr(), descriptor.len() / DESCRIPTOR_SIZE as u32);
+                whole = self.table(table, size);
                 (in_indirect, index) = (true, 0);
                 continue;
             }
@@ -132,6 +139,12 @@ impl DescriptorTable {
             }
             index = u32::from(descriptor.next());
         }
+    }
+
+    /// A table of `size` descriptors that lies in one region, looked up once for all of them.
+    fn table(&self, address: GuestAddress, size: u32) -> Option<VolatileSlice<'_>> {
+        let len = usize::try_from(u64::from(size) * DESCRIPTOR_SIZE).ok()?;
+        GuestMemoryBackend::get_slice(&*self.memory, address, len).ok()
     }
 
     fn segments(&self, pieces: &[Piece]) -> Segments {

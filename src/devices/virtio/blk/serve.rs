@@ -15,6 +15,11 @@ use super::features::SECTOR_SIZE;
 use super::request::{Range, Request, Rules, Status};
 use super::worker::{Cache, Gate, Serving, Worker};
 
+/// Bytes of data after which the driver is told at once, while other requests are served: then
+/// it uses that time to make more available, rather than both waiting for each other in turn.
+/// It is 32 requests of 4 KiB; half of that was measured to cost more in interrupts than it won.
+const TELL_AFTER: usize = 128 << 10;
+
 /// A head that was taken from a virtqueue.
 #[derive(Clone, Copy, Debug)]
 struct Job {
@@ -97,12 +102,20 @@ impl Worker {
         let Some(serving) = serving.as_mut() else {
             return;
         };
+        self.signal(serving);
+        for index in 0..serving.queues.len() {
+            self.take_from(serving, index);
+        }
+    }
+
+    /// Tells the driver of what was used.
+    fn signal(&self, serving: &mut Serving) {
+        self.untold.set(0);
         for index in 0..serving.queues.len() {
             match serving.queues[index].signal() {
                 Ok(sent) => self.shared.counters.interrupts.add(u64::from(sent)),
                 Err(error) => self.break_off(serving, &error),
             }
-            self.take_from(serving, index);
         }
     }
 
@@ -141,25 +154,31 @@ impl Worker {
     async fn slot(self: Rc<Self>, slot: Rc<Slot>) {
         loop {
             let job = slot.next().await;
-            let len = self.serve(job).await;
-            self.give_back(job, len);
+            let (len, bytes) = self.serve(job).await;
+            self.give_back(job, len, bytes);
             self.free.borrow_mut().push(Rc::clone(&slot));
         }
     }
 
-    /// Serves one request; returns its used length.
-    async fn serve(&self, job: Job) -> u32 {
+    /// Serves one request; returns its used length, and the bytes of its data.
+    async fn serve(&self, job: Job) -> (u32, usize) {
         let (request, reply, durable) = match self.accept(job) {
             Ok(accepted) => accepted,
-            Err(len) => return len,
+            Err(len) => return (len, 0),
         };
-        match self.execute(request, durable).await {
+        let bytes = match &request {
+            Request::In { to, .. } => to.len(),
+            Request::Out { from, .. } => from.len(),
+            _ => 0,
+        };
+        let len = match self.execute(request, durable).await {
             Ok(written) => reply.write(Status::Ok, written),
             Err(failure) => {
                 self.failed(&failure);
                 reply.write(Status::IoErr, 0)
             }
-        }
+        };
+        (len, bytes)
     }
 
     /// Reads and checks the request of a job. The third value is whether a write must be durable
@@ -263,11 +282,17 @@ impl Worker {
         disk.flush().await.map_err(Failure::of("flush", 0, 0))
     }
 
-    fn give_back(&self, job: Job, len: u32) {
-        if let Some(serving) = &mut *self.serving.borrow_mut()
-            && let Err(error) = serving.queues[job.queue].give_back(job.head, len)
-        {
-            self.break_off(serving, &error);
+    /// Gives a head back whose request transferred `bytes` and wrote `len`.
+    fn give_back(&self, job: Job, len: u32, bytes: usize) {
+        if let Some(serving) = &mut *self.serving.borrow_mut() {
+            if let Err(error) = serving.queues[job.queue].give_back(job.head, len) {
+                self.break_off(serving, &error);
+            }
+            let untold = self.untold.get() + bytes;
+            self.untold.set(untold);
+            if untold >= TELL_AFTER {
+                self.signal(serving);
+            }
         }
         self.in_flight.set(self.in_flight.get() - 1);
         self.ended();

@@ -87,6 +87,8 @@ pub(super) struct Worker {
     pub(super) free: RefCell<Vec<Rc<Slot>>>,
     /// Requests taken and not given back.
     pub(super) in_flight: Cell<usize>,
+    /// Bytes transferred since the driver was last told.
+    pub(super) untold: Cell<usize>,
     /// Tasks that wait for notifications.
     listeners: Cell<usize>,
     /// Woken when a request or a task comes to its end.
@@ -189,6 +191,7 @@ impl Worker {
             gate: Cell::default(),
             free: RefCell::default(),
             in_flight: Cell::default(),
+            untold: Cell::default(),
             listeners: Cell::default(),
             waiter: RefCell::default(),
         })

@@ -259,6 +259,29 @@ fn one_interrupt_tells_of_a_whole_batch() {
 }
 
 #[test]
+fn the_driver_is_told_of_much_data_before_the_whole_batch_is_served() {
+    let mut guest = Setup {
+        declined: 1 << VIRTIO_RING_F_EVENT_IDX,
+        ..Setup::raw()
+    }
+    .boot();
+    let driver = &mut guest.drivers[0];
+    for _ in 0..64 {
+        let head = driver.chain(&[
+            readable(BUFFERS, 16),
+            writable(BUFFERS + 4096, 4096),
+            writable(BUFFERS + 16, 1),
+        ]);
+        driver.offer(head);
+    }
+    driver.publish();
+    driver.poll_used(64);
+    settle(&guest);
+    let interrupts = guest.blk.handle().counters().interrupts.value();
+    assert!((2..64).contains(&interrupts), "{interrupts} interrupts");
+}
+
+#[test]
 fn section_2_7_10_2_the_device_asks_for_a_notification_before_it_sleeps() {
     let mut guest = Setup::raw().boot();
     for index in 0..3 {
