@@ -192,6 +192,7 @@ fn create_image(path: &Path, size: usize) -> Result<()> {
 fn open(place: &Place, queues: usize) -> Result<Blk> {
     let format = formats::find("sparse-raw").ok_or("no format `sparse-raw`")?;
     Ok(Blk::open(BlkOptions {
+        ephemeral: false,
         image: Image {
             path: place.path.clone(),
             ro: false,

@@ -145,7 +145,8 @@ fn transfer(request: &Request, flags: i32) -> i32 {
     let upper: libc::c_long = 0;
     // SAFETY: the pieces are mapped, for the request owns their segments, and `iov` outlives
     // the call.
-    let result = unsafe { libc::syscall(number, fd, iov.as_ptr(), iov.len(), offset, upper, flags) };
+    let result =
+        unsafe { libc::syscall(number, fd, iov.as_ptr(), iov.len(), offset, upper, flags) };
     super::pool::negated(result as isize)
 }
 
