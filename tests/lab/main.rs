@@ -12,6 +12,7 @@
     reason = "all of this is test code, which clippy cannot see without #[test]"
 )]
 
+mod blocks;
 mod boot;
 mod console;
 mod disks;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
     let all = [
         boot::CASES,
         disks::CASES,
+        blocks::CASES,
         lifecycle::CASES,
         console::CASES,
         errors::CASES,
