@@ -73,6 +73,15 @@ pub(crate) fn for_vcpu(
     leaves
 }
 
+/// One past the last guest-physical address of these processors: the width in bits is in the low
+/// byte of leaf 0x80000008, 36 where there is none.
+pub(crate) fn address_end(supported: &CpuId) -> u64 {
+    let mut leaves = supported.as_slice().iter();
+    let leaf = leaves.find(|leaf| leaf.function == 0x8000_0008);
+    let bits = leaf.map_or(0, |leaf| leaf.eax & 0xff);
+    1 << if bits == 0 { 36 } else { bits.min(52) }
+}
+
 fn vendor_of(leaf: &kvm_cpuid_entry2) -> [u8; 12] {
     let mut vendor = [0; 12];
     vendor[..4].copy_from_slice(&leaf.ebx.to_le_bytes());
@@ -279,6 +288,17 @@ mod tests {
             HYPERVISOR_TIMING_LEAF
         );
         assert_eq!(leaf(&leaves, 0x8000_0008, 0).ecx, 2 << 12 | 2);
+    }
+
+    #[test]
+    fn the_address_width_limits_memory() {
+        assert_eq!(address_end(&host(b"GenuineIntel")), 1 << 36);
+        let leaf = kvm_cpuid_entry2 {
+            function: 0x8000_0008,
+            eax: 0x3027,
+            ..Default::default()
+        };
+        assert_eq!(address_end(&CpuId::from_entries(&[leaf]).unwrap()), 1 << 39);
     }
 
     #[test]

@@ -45,6 +45,7 @@ impl Loaded {
     /// Loads the kernel and what it is told into `memory`, which is all zeroes.
     pub(crate) fn new(kvm: &Kvm, config: &Vm, memory: Arc<GuestMemory>) -> Result<Loaded> {
         let model = VcpuModel::new(kvm, config.cpus)?;
+        model.check_memory(config.memory)?;
         let has_serial = config.console.mode != ConsoleMode::Off;
         let rsdp = acpi::write(
             &memory,

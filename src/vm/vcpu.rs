@@ -19,6 +19,7 @@ use super::boot::Entry;
 use super::cpuid::{self, Topology};
 use super::events::{Events, Outcome};
 use super::kvm::KvmVm;
+use super::{layout, memory};
 use crate::devices::bus::Bus;
 use crate::{Error, Result};
 
@@ -61,6 +62,24 @@ impl VcpuModel {
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
             cpus,
         })
+    }
+
+    /// Checks that the vCPUs can address guest memory of this size.
+    pub(crate) fn check_memory(&self, size: u64) -> Result<()> {
+        let limit = cpuid::address_end(&self.supported);
+        let end = memory::ranges(size)
+            .last()
+            .map_or(0, |(start, len)| start + len);
+        if end <= limit {
+            return Ok(());
+        }
+        let most = limit.saturating_sub(layout::HOLE_END - layout::HOLE_START) >> 30;
+        Err(Error::usage(format!(
+            "`memory` is {} GiB, this host's processors address at most {most} GiB of it",
+            size >> 30
+        ))
+        .help("lower `memory`")
+        .about("memory"))
     }
 
     /// Number of vCPUs.
