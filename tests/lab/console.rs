@@ -2,12 +2,13 @@
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::process::Signal;
+use rustix::process::{Signal, ioctl_tiocsctty, setsid};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Termios, tcgetattr};
 
@@ -112,7 +113,7 @@ fn log_has_what_the_guest_prints() {
     assert_eq!(log, vm.console.text());
 }
 
-/// A terminal: what is typed goes in at `keyboard`; `settings` are those programs on it see.
+/// A terminal: what is typed goes in at `keyboard`, programs run on its `line`.
 struct Terminal {
     keyboard: File,
     line: OwnedFd,
@@ -137,13 +138,16 @@ impl Terminal {
 
     fn up(&self, folder: &Folder, toml: &str) -> Vm {
         let stdio = || Stdio::from(self.line.try_clone().unwrap());
-        let child = folder
-            .command(toml)
-            .stdin(stdio())
-            .stdout(stdio())
-            .stderr(stdio())
-            .spawn()
-            .unwrap();
+        let mut command = folder.command(toml);
+        command.stdin(stdio()).stdout(stdio()).stderr(stdio());
+        // A session of its own, in the foreground of this terminal, as a shell's job would be.
+        let own_terminal = || {
+            setsid()?;
+            Ok(ioctl_tiocsctty(rustix::stdio::stdin())?)
+        };
+        // SAFETY: between fork and exec only two system calls are made; nothing is allocated or locked.
+        unsafe { command.pre_exec(own_terminal) };
+        let child = command.spawn().unwrap();
         let screen = watch("terminal", self.keyboard.try_clone().unwrap());
         Vm::attach(child, screen).with_input(self.keyboard.try_clone().unwrap())
     }

@@ -22,7 +22,7 @@ pub(crate) const LAUNCHER: &str = "LAB_LAUNCHER";
 const VERBOSE: &str = "LAB_VERBOSE";
 
 /// How long anything may take. An outer machine on a busy host is slow.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// The test guest from its initramfs. Without `quiet` each line the kernel prints is hundreds of exits.
 pub(crate) const GUEST: &str = r#"
