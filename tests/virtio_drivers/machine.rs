@@ -437,6 +437,7 @@ impl Disk {
             ephemeral: false,
             image,
             format: formats::find(self.format).unwrap(),
+            ephemeral: false,
             id: Some("SECOND DRIVER".into()),
             queues: 1,
             engine: self.engine,

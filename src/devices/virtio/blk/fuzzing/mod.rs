@@ -188,6 +188,7 @@ impl Bench {
                 options: Vec::new(),
             },
             format: formats::find(formats::raw_for(sparse)).unwrap(),
+            ephemeral: false,
             id: Some(ID.into()),
             queues: QUEUES,
             engine: Engine::Auto,
