@@ -307,7 +307,7 @@ fn sector(u: &mut Unstructured<'_>, law: &Law) -> Result<u64> {
 
 /// Breaks a descriptor.
 fn spoil(u: &mut Unstructured<'_>, slot: u64, size: u16, it: &mut Descriptor) -> Result<()> {
-    match u.int_in_range(0..=3)? {
+    match u.int_in_range(0..=4)? {
         0 => {
             let near = u64::from(u.int_in_range(0..=0x220u16)?);
             let anywhere = u.int_in_range(0..=END)?;
@@ -337,6 +337,12 @@ fn spoil(u: &mut Unstructured<'_>, slot: u64, size: u16, it: &mut Descriptor) ->
             ])?;
         }
         2 => it.flags ^= u.int_in_range(1..=7)?,
+        3 => {
+            // A table, maybe within a table.
+            it.address = slot + TABLE + 16 * u.int_in_range(0..=4u64)?;
+            it.len = 16 * u.int_in_range(1..=8u32)?;
+            it.flags = INDIRECT;
+        }
         _ => {
             let any = u.int_in_range(0..=size)?;
             it.flags |= NEXT;
