@@ -9,9 +9,11 @@ mod events;
 pub mod host;
 mod kvm;
 mod layout;
+mod log_file;
 mod machine;
 mod memory;
 mod run;
+mod session;
 mod vcpu;
 
 pub use run::run;

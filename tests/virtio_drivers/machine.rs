@@ -434,7 +434,6 @@ impl Disk {
             options: Vec::new(),
         };
         let blk = Blk::open(BlkOptions {
-            ephemeral: false,
             image,
             format: formats::find(self.format).unwrap(),
             ephemeral: false,

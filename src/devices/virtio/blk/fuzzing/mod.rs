@@ -174,7 +174,6 @@ impl Bench {
     fn options(&self, input: &mut Unstructured<'_>) -> arbitrary::Result<BlkOptions> {
         let sparse = !input.ratio(1, 4)?;
         Ok(BlkOptions {
-            ephemeral: false,
             image: Image {
                 path: format!("/proc/self/fd/{}", self.image.as_raw_fd()).into(),
                 ro: input.ratio(1, 8)?,
