@@ -90,7 +90,10 @@ impl Inner {
             return table.fetch(token, waker).map_or(Poll::Pending, Poll::Ready);
         }
         let first = table.request(token).and_then(|request| {
-            let result = self.fault(request).or_else(|| shortcut::attempt(request))?;
+            let batches = self.engine() == Engine::IoUring;
+            let result = self
+                .fault(request)
+                .or_else(|| shortcut::attempt(request, batches))?;
             Some(request.complete(result))
         });
         let Some(Some(result)) = first else {

@@ -84,7 +84,10 @@ impl Shortcut {
 
 /// Tries a request at once. Returns what the kernel returned (a count, or a negated errno), or
 /// `None` if the engine is to be asked.
-pub(super) fn attempt(request: &Request) -> Option<i32> {
+///
+/// An engine that `batches` tries a read of a file that knows RWF_NOWAIT in the same way itself,
+/// and many with one system call: then such a file's reads are left to it from the first on.
+pub(super) fn attempt(request: &Request, batches: bool) -> Option<i32> {
     let file = request.file.opened();
     let shortcut = match request.kind {
         Kind::Read => &file.reads,
@@ -104,11 +107,14 @@ pub(super) fn attempt(request: &Request) -> Option<i32> {
                 libc::EAGAIN => (Shortcut::after_miss(misses), None),
                 // Nothing is cached at the end of the file: the engine knows for certain.
                 0 => (Shortcut::Nowait { misses, skip: 0 }, None),
+                _ if batches && matches!(request.kind, Kind::Read) => {
+                    (Shortcut::Never, Some(result))
+                }
                 _ => (Shortcut::Nowait { misses: 0, skip: 0 }, Some(result)),
             };
             shortcut.set(next);
             match next {
-                Shortcut::Timed { .. } => attempt(request),
+                Shortcut::Timed { .. } => attempt(request, batches),
                 _ => result,
             }
         }
