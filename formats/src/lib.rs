@@ -44,6 +44,7 @@ mod disk;
 mod ephemeral;
 mod format;
 mod host_file;
+pub mod qcow2;
 mod raw;
 mod ring;
 mod segments;
