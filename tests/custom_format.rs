@@ -37,7 +37,7 @@ fn image(path: &Path, places: u64) -> Image {
         block_size: 512,
         lock: true,
         size: Some(1 << 20),
-        backing: None,
+        backing: Vec::new(),
         format_written: false,
         options: vec![("places", OptionValue::Number(places))],
     }

@@ -201,7 +201,7 @@ fn open(place: &Place, queues: usize) -> Result<Blk> {
             block_size: 512,
             lock: true,
             size: None,
-            backing: None,
+            backing: Vec::new(),
             format_written: true,
             options: Vec::new(),
         },

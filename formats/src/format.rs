@@ -93,7 +93,7 @@ pub struct FormatOption {
     pub name: &'static str,
     /// What values it takes.
     pub kind: OptionKind,
-    /// The default as written in TOML.
+    /// The default as written in TOML; empty if the option has none.
     pub default: &'static str,
     /// What it does.
     pub doc: &'static str,
@@ -108,6 +108,8 @@ pub enum OptionKind {
     Size,
     /// A whole number.
     Integer,
+    /// A file beside the image, named as the image itself is.
+    Path,
     /// One of these words.
     Choice(&'static [&'static str]),
 }
@@ -119,6 +121,9 @@ pub enum OptionValue {
     Bool(bool),
     /// For [`OptionKind::Size`] and [`OptionKind::Integer`].
     Number(u64),
+    /// For [`OptionKind::Path`], resolved: it means the same from every working directory that
+    /// the image's own path does.
+    Path(PathBuf),
     /// For [`OptionKind::Choice`].
     Word(String),
 }
@@ -140,8 +145,9 @@ pub struct Image {
     pub lock: bool,
     /// Size in bytes to create or grow to.
     pub size: Option<u64>,
-    /// The backing file that the configuration names.
-    pub backing: Option<PathBuf>,
+    /// The backing files that the configuration approves, in the chain's order: the first is the
+    /// image's own, or becomes that of a new one. No other is ever opened; empty: none at all.
+    pub backing: Vec<PathBuf>,
     /// Whether the user wrote the format out (then content that looks like another format is
     /// no contradiction).
     pub format_written: bool,

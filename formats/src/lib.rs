@@ -18,7 +18,7 @@
 //!     block_size: 512,
 //!     lock: true,
 //!     size: Some(1 << 20),
-//!     backing: None,
+//!     backing: Vec::new(),
 //!     format_written: false,
 //!     options: Vec::new(),
 //! };

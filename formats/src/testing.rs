@@ -41,7 +41,7 @@ pub(crate) fn image(path: &Path) -> Image {
         block_size: 512,
         lock: true,
         size: None,
-        backing: None,
+        backing: Vec::new(),
         format_written: false,
         options: Vec::new(),
     }

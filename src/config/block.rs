@@ -1,15 +1,17 @@
 //! Disks: `[[block]]`.
 
+mod backing;
+
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use formats::OptionValue;
 
 use super::diagnostic::{Diagnostic, shortened};
 use super::image_format::{self, Written};
 use super::kinds::{BlockSize, DiskSize, FilePath, Id, Queues, Word};
-use super::options::{Given, Key, Table, default, derived, optional, options, required};
+use super::options::{Given, Key, Table, default, derived, list, optional, options, required};
 use super::section::{Context, Section};
 
 options! {
@@ -39,6 +41,10 @@ options! {
         queues: u16 = default::<Queues>("1"),
         /// Size of the image: created if absent, grown if smaller, refused if larger.
         size: Option<u64> = optional::<DiskSize>("as the image is; it must exist"),
+        /// Backing file of the image, or its chain of them in order. One that the image's header
+        /// names is opened only if it is named here too; an image that is created becomes an
+        /// overlay over the first. They are never written.
+        backing: Vec<PathBuf> = list::<FilePath>("none"),
         /// The image is never written: changes go to a temporary file beside it that has no name,
         /// and vanish at exit. A larger `size` is then that of the disk, not of the image.
         ephemeral: bool = default::<bool>("false"),
@@ -91,20 +97,17 @@ fn relations(cx: &Context<'_>, given: &[GivenBlock]) {
         id,
         |id| format!("`id` is \"{id}\" on two disks, expected another on each"),
     );
-    let writable = |block: &GivenBlock| {
-        let path = block.path.value.clone();
-        path.filter(|_| (block.ro.value, block.ephemeral.value) == (Some(false), Some(false)))
-    };
     twice(
         cx,
         given,
         |block| &block.path,
-        writable,
+        GivenBlock::writable,
         |path| {
             let path = shortened(&path.display().to_string());
             format!("`path` is {path} on two writable disks, expected one")
         },
     );
+    backing::written_by_another(cx, given);
 }
 
 /// Reports each disk of which an earlier one has the same `what`, with both places.
@@ -131,11 +134,18 @@ fn twice<'a, T, U: Hash + Eq>(
 }
 
 impl GivenBlock {
+    /// The image, if the guest's writes reach it.
+    fn writable(&self) -> Option<&Path> {
+        let path = self.path.value.as_deref();
+        path.filter(|_| (self.ro.value, self.ephemeral.value) == (Some(false), Some(false)))
+    }
+
     /// Fills in what follows from other options, and reports those that contradict each other.
     fn resolve(mut self, mut section: Section<'_>) -> Option<Block> {
         let cx = section.cx;
         self.size_in_blocks(cx);
         self.ephemeral_is_writable_and_thin(cx);
+        backing::names_a_file_twice(cx, &self);
         let format = image_format::resolve(
             cx,
             &Written {
@@ -144,6 +154,9 @@ impl GivenBlock {
                 sparse: &self.sparse,
             },
         );
+        if let Some(format) = &format {
+            backing::fits_the_format(cx, &self, format);
+        }
         let tables = image_format::tables(&mut section, format.as_ref());
         let mut names: Vec<_> = Block::KEYS.iter().map(|key| key.name).collect();
         let mut spelled: Vec<_> = Block::KEYS.iter().map(Key::spelled).collect();

@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use formats::{Format, OptionKind, OptionValue, raw_for};
 
 use super::diagnostic::{Diagnostic, shortened};
-use super::kinds::{Bytes, Number, Word};
+use super::kinds::{Bytes, FilePath, Number, Word};
 use super::nearest::nearest;
 use super::options::Given;
-use super::section::{Context, Section};
+use super::section::{self, Context, Section};
 use super::value::Leaf;
 
 /// Whether it is one of the two backends of a raw image: `sparse` picks between them.
-fn is_raw(name: &str) -> bool {
+pub(super) fn is_raw(name: &str) -> bool {
     [true, false]
         .into_iter()
         .any(|sparse| name == raw_for(sparse))
@@ -28,7 +28,7 @@ pub(super) struct Written<'a> {
 /// A format, and where that is written: at `format`, or else at `path`.
 pub(super) struct Resolved {
     pub(super) name: &'static str,
-    at: Option<std::ops::Range<usize>>,
+    pub(super) at: Option<std::ops::Range<usize>>,
 }
 
 /// Finds the format, or reports why there is none.
@@ -155,6 +155,7 @@ pub fn expects(kind: OptionKind) -> String {
         OptionKind::Bool => bool::EXPECTS.to_owned(),
         OptionKind::Size => Bytes::EXPECTS.to_owned(),
         OptionKind::Integer => Number::EXPECTS.to_owned(),
+        OptionKind::Path => FilePath::EXPECTS.to_owned(),
         OptionKind::Choice(words) => one_of(words),
     }
 }
@@ -183,6 +184,9 @@ fn table_of(
             OptionKind::Integer => cx
                 .deserialize::<Number>(&key, value, &expects)
                 .map(|number| OptionValue::Number(number.0)),
+            OptionKind::Path => section::leaf::<FilePath>(cx, &key, value)
+                .value
+                .map(OptionValue::Path),
             OptionKind::Choice(words) => cx
                 .deserialize::<Word>(&key, value, &expects)
                 .and_then(|word| chosen(cx, &key, word.0, words, at)),

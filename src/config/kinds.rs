@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::section::Context;
-use super::value::{Leaf, Scalar, Wrong, leaf, whole};
+use super::value::{Leaf, Listed, Scalar, Wrong, leaf, whole};
 
 whole! {
     /// Number of vCPUs: APIC identifiers are 8 bits wide, 255 addresses all.
@@ -171,4 +171,8 @@ impl Leaf for FilePath {
             }),
         }
     }
+}
+
+impl Listed for FilePath {
+    const ONE_OR_MORE: &'static str = "a path or an array of paths";
 }

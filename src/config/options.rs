@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::section::{self, Section};
-use super::value::Leaf;
+use super::value::{Leaf, Listed};
 
 /// What one key of the file means: all that help, schema and reference have to say about it.
 #[derive(Clone, Copy, Debug)]
@@ -68,6 +68,18 @@ pub(super) struct Given<T> {
     pub(super) value: Option<T>,
     /// Where its value is; `None` if it is not written.
     pub(super) at: Option<Range<usize>>,
+    /// Where each entry of a [`list`] is; empty for any other.
+    pub(super) entries: Vec<Range<usize>>,
+}
+
+impl<T> Default for Given<T> {
+    fn default() -> Self {
+        Given {
+            value: None,
+            at: None,
+            entries: Vec::new(),
+        }
+    }
 }
 
 /// How an option is read and described.
@@ -128,6 +140,15 @@ pub(super) const fn optional<L: Leaf>(words: &'static str) -> Spec<Option<L::Pla
     }
 }
 
+/// One value or an array of them, which may be left out: `words` say what that means.
+pub(super) const fn list<L: Listed>(words: &'static str) -> Spec<Vec<L::Plain>> {
+    Spec {
+        takes: Takes::Value(L::ONE_OR_MORE),
+        absent: Absent::Words(words),
+        read: section::list::<L>,
+    }
+}
+
 /// A table of options. Left out, it is read as an empty one.
 pub(super) const fn table<T: Table>() -> Spec<T> {
     Spec {
@@ -163,7 +184,7 @@ pub(super) trait Table: Sized {
 }
 
 /// Declares a table of options. Each field names its type, then how it is read: a call of
-/// [`required`], [`default`], [`derived`], [`optional`], [`table`] or [`tables`]. Makes
+/// [`required`], [`default`], [`derived`], [`optional`], [`list`], [`table`] or [`tables`]. Makes
 ///
 /// - the struct, plain data;
 /// - `KEYS`, which describes the options, with the fields' documentation;

@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     const TEXT: &str = "boot.kernel = 'k'\n[[block]]\npath = 'a.img'\n[[block]]\npath = 'b.x'\n\
-                        size = 512\n[block.x]\nlevel = 3\n[lifecycle]\n";
+                        size = 512\nbacking = ['c.img']\n[block.x]\nlevel = 3\ndata_file = 'd'\n[lifecycle]\n";
 
     /// What the caret of an error about `key` is under.
     fn found(key: &str) -> Option<&'static str> {
@@ -105,16 +105,19 @@ mod tests {
         assert_eq!(found("boot.kernel"), Some("'k'"));
         assert_eq!(found("block.0.path"), Some("'a.img'"));
         assert_eq!(found("block.1.size"), Some("512"));
+        assert_eq!(found("block.1.backing"), Some("['c.img']"));
     }
 
     #[test]
     fn an_option_of_a_format_is_found_in_the_format_s_table() {
         assert_eq!(found("block.1.level"), Some("3"));
+        assert_eq!(found("block.1.data_file"), Some("'d'"));
     }
 
     #[test]
     fn the_path_stands_for_a_key_of_a_disk_that_is_not_written() {
         assert_eq!(found("block.0.size"), Some("'a.img'"));
+        assert_eq!(found("block.0.backing"), Some("'a.img'"));
         assert_eq!(found("block.1.ro"), Some("'b.x'"));
     }
 

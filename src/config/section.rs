@@ -1,6 +1,8 @@
 //! Reads the spanned tables that `toml` parsed: one section of the file at a time, each key taken
 //! by its option, what is left over reported.
 
+mod read;
+
 use std::cell::RefCell;
 use std::ops::Range;
 use std::path::Path;
@@ -11,8 +13,10 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 
 use super::diagnostic::{Diagnostic, Kind, shortened};
 use super::nearest::nearest;
-use super::options::{Absent, Given, Key, Table};
-use super::value::{HINT, Leaf};
+use super::options::Key;
+use super::value::HINT;
+
+pub(super) use self::read::{leaf, list, optional, table, tables, value};
 
 /// What reading one file needs and finds.
 pub(super) struct Context<'t> {
@@ -200,125 +204,4 @@ fn home_of(name: &str, keys: &[Key], table: &str) -> Option<String> {
     }
     keys.iter()
         .find_map(|key| home_of(name, key.keys(), &key.spelled()))
-}
-
-/// Reads a value, for [`super::options::Spec`].
-pub(super) fn value<L: Leaf>(
-    section: &mut Section<'_>,
-    key: &'static str,
-    absent: Absent,
-) -> Given<L::Plain> {
-    let none = Given {
-        value: None,
-        at: None,
-    };
-    match (section.take(key), absent) {
-        (Some(value), _) => leaf::<L>(section.cx, key, value),
-        (None, Absent::Value(literal)) => match DeValue::parse(literal) {
-            Ok(value) => Given {
-                at: None,
-                ..leaf::<L>(section.cx, key, value)
-            },
-            Err(_) => {
-                section.cx.wrong(key, literal, L::EXPECTS, None, None);
-                none
-            }
-        },
-        (None, Absent::Error(example)) => {
-            section.missing(key, example);
-            none
-        }
-        (None, Absent::Words(_)) => none,
-    }
-}
-
-/// Reads a value that may be left out, for [`super::options::Spec`].
-pub(super) fn optional<L: Leaf>(
-    section: &mut Section<'_>,
-    key: &'static str,
-    _absent: Absent,
-) -> Given<Option<L::Plain>> {
-    match section.take(key) {
-        None => Given {
-            value: Some(None),
-            at: None,
-        },
-        Some(value) => {
-            let given = leaf::<L>(section.cx, key, value);
-            Given {
-                value: given.value.map(Some),
-                at: given.at,
-            }
-        }
-    }
-}
-
-fn leaf<L: Leaf>(cx: &Context<'_>, key: &str, value: Spanned<DeValue<'_>>) -> Given<L::Plain> {
-    let at = Some(value.span());
-    let shown = cx.shown(&value);
-    let leaf = cx.deserialize::<L>(key, value, L::EXPECTS);
-    let value = leaf.and_then(|leaf| match leaf.plain(cx) {
-        Ok(plain) => Some(plain),
-        Err(hint) => {
-            cx.wrong(key, &shown, L::EXPECTS, at.clone(), Some(hint));
-            None
-        }
-    });
-    Given { value, at }
-}
-
-/// Reads a table, for [`super::options::Spec`].
-pub(super) fn table<T: Table>(
-    section: &mut Section<'_>,
-    key: &'static str,
-    _absent: Absent,
-) -> Given<T> {
-    let name = format!("[{key}]");
-    let section = match section.take(key) {
-        Some(value) => section.open(key, &name, value),
-        None => Some(Section {
-            cx: section.cx,
-            name,
-            at: None,
-            table: DeTable::new(),
-        }),
-    };
-    Given {
-        at: section.as_ref().and_then(Section::at),
-        value: section.and_then(T::from_section),
-    }
-}
-
-/// Reads a list of tables, for [`super::options::Spec`].
-pub(super) fn tables<T: Table>(
-    section: &mut Section<'_>,
-    key: &'static str,
-    _absent: Absent,
-) -> Given<Vec<T>> {
-    let name = format!("[[{key}]]");
-    let Some(value) = section.take(key) else {
-        return Given {
-            value: Some(Vec::new()),
-            at: None,
-        };
-    };
-    let at = Some(value.span());
-    let shown = section.cx.shown(&value);
-    let value = match value.into_inner() {
-        DeValue::Array(array) => {
-            let elements = array.into_iter();
-            let sections: Vec<_> = elements
-                .map(|element| section.open(key, &name, element))
-                .collect();
-            // What is no table is reported; the others are read all the same.
-            let whole = sections.iter().all(Option::is_some);
-            T::from_sections(sections.into_iter().flatten().collect()).filter(|_| whole)
-        }
-        _ => {
-            let expects = format!("a list of tables, each headed `{name}`");
-            section.cx.wrong(key, &shown, &expects, at.clone(), None);
-            None
-        }
-    };
-    Given { value, at }
 }

@@ -1,5 +1,6 @@
 //! What a VM's file means, and what is said of a wrong one.
 
+mod backing;
 mod blocks;
 mod hostile;
 mod messages;
@@ -39,7 +40,14 @@ static FORMATS: [&Format; 3] = [
                 default: "\"zlib\"",
                 doc: "How clusters are compressed.",
             },
+            FormatOption {
+                name: "data_file",
+                kind: OptionKind::Path,
+                default: "",
+                doc: "Where the data is.",
+            },
         ],
+        abilities: &["backing"],
         ..RAW
     },
     &RAW,
@@ -135,7 +143,7 @@ fn every_default_is_a_value_its_option_takes() {
     assert!(!disk.ro && !disk.root && disk.sparse && !disk.o_direct && disk.lock);
     assert_eq!((disk.block_size, disk.queues, disk.size), (512, 1, None));
     assert_eq!((&disk.id, disk.format_written), (&None, false));
-    assert!(!disk.ephemeral);
+    assert!(!disk.ephemeral && disk.backing.is_empty());
 }
 
 #[test]
@@ -162,12 +170,14 @@ id = "ROOT"
 lock = false
 queues = 64
 size = "8GiB"
+backing = ["c.qcow2", "~/base.img"]
 
 [block.qcow2]
 refcount_bits = 64
 cluster_size = "2MiB"
 lazy_refcounts = true
 compression = "zstd"
+data_file = "data/a"
 
 [[block]]
 path = "b.img"
@@ -203,6 +213,10 @@ stop_timeout = "500ms"
         (disk.id.as_deref(), disk.size),
         (Some("ROOT"), Some(8 << 30))
     );
+    assert_eq!(
+        disk.backing,
+        [Path::new("vms/c.qcow2"), Path::new("/home/ada/base.img")]
+    );
     let word = formats::OptionValue::Word("zstd".into());
     assert_eq!(
         disk.options,
@@ -211,6 +225,7 @@ stop_timeout = "500ms"
             ("cluster_size", formats::OptionValue::Number(2 << 20)),
             ("lazy_refcounts", formats::OptionValue::Bool(true)),
             ("compression", word),
+            ("data_file", formats::OptionValue::Path("vms/data/a".into())),
         ],
         "in the order of the file"
     );
@@ -227,7 +242,7 @@ fn every_key_is_described() {
             })
             .sum()
     }
-    assert_eq!(described(KEYS), 7 + 3 + 12 + 2 + 2);
+    assert_eq!(described(KEYS), 7 + 3 + 13 + 2 + 2);
     let memory = KEYS.iter().find(|key| key.name == "memory").unwrap();
     assert!(matches!(memory.absent, Absent::Value("\"512MiB\"")));
     assert!(matches!(memory.takes, Takes::Value(words) if words.contains("4KiB")));

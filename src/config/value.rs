@@ -20,6 +20,12 @@ pub(super) trait Leaf: DeserializeOwned {
     fn plain(self, cx: &Context<'_>) -> Result<Self::Plain, String>;
 }
 
+/// A value of which an option may take several.
+pub(super) trait Listed: Leaf {
+    /// What such an option takes, in words that follow "expected".
+    const ONE_OR_MORE: &'static str;
+}
+
 impl Leaf for bool {
     type Plain = bool;
     const EXPECTS: &'static str = "true or false";

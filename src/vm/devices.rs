@@ -84,7 +84,7 @@ fn open_disk(block: &Block, engine: Engine) -> Result<Blk, OpenError> {
         block_size: block.block_size,
         lock: block.lock,
         size: block.size,
-        backing: None,
+        backing: block.backing.clone(),
         format_written: block.format_written,
         options: block.options.clone(),
     };

@@ -429,7 +429,7 @@ impl Disk {
             block_size: 512,
             lock: true,
             size: None,
-            backing: None,
+            backing: Vec::new(),
             format_written: true,
             options: Vec::new(),
         };

@@ -3,12 +3,12 @@
 use super::*;
 
 /// The disks of a file with `[boot]` above.
-fn disks(text: &str) -> Vec<Block> {
+pub(super) fn disks(text: &str) -> Vec<Block> {
     vm(&format!("{BOOT}{text}")).block
 }
 
 /// The format of one disk.
-fn format(lines: &str) -> String {
+pub(super) fn format(lines: &str) -> String {
     disks(&format!("[[block]]\n{lines}")).remove(0).format
 }
 
@@ -123,6 +123,14 @@ fn each_kind_of_format_option_says_what_it_expects() {
     assert_eq!(
         said("compression = 1"),
         "error: `compression` is 1, expected \"zlib\" or \"zstd\""
+    );
+    assert_eq!(
+        said("data_file = ''"),
+        "error: `data_file` is '', expected a path"
+    );
+    assert_eq!(
+        said("data_file = ['a']"),
+        "error: `data_file` is an array, expected a path"
     );
 }
 

@@ -4,7 +4,7 @@ use super::*;
 
 /// Checks what is said of a wrong file.
 #[track_caller]
-fn said(text: &str, expected: &str) {
+pub(super) fn said(text: &str, expected: &str) {
     let errors = errors(text);
     let expected = expected.trim_matches('\n');
     assert_eq!(

@@ -182,7 +182,7 @@ impl Bench {
                 block_size: *input.choose(&[512, 512, 1024, 4096])?,
                 lock: false,
                 size: None,
-                backing: None,
+                backing: Vec::new(),
                 format_written: true,
                 options: Vec::new(),
             },

@@ -91,7 +91,7 @@ impl Setup {
                 block_size: self.block_size,
                 lock: true,
                 size: None,
-                backing: None,
+                backing: Vec::new(),
                 format_written: true,
                 options: Vec::new(),
             },
