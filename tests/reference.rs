@@ -78,10 +78,11 @@ fn of_formats(formats: &[&Format], page: &mut String) {
         );
         for option in format.options {
             let (takes, doc) = (cell(&expects(option.kind)), cell(option.doc));
-            *page += &format!(
-                "| `{}` | {takes} | `{}` | {doc} |\n",
-                option.name, option.default
-            );
+            let default = match option.default {
+                "" => default(Absent::Words("none")),
+                value => default(Absent::Value(value)),
+            };
+            *page += &format!("| `{}` | {takes} | {default} | {doc} |\n", option.name);
         }
     }
 }
@@ -111,12 +112,20 @@ fn an_option_of_a_format_is_in_the_reference() {
         extensions: &["x", "y"],
         description: "one | another",
         abilities: &["discard", "resize"],
-        options: &[formats::FormatOption {
-            name: "level",
-            kind: formats::OptionKind::Choice(&["low", "high"]),
-            default: "\"low\"",
-            doc: "How much.",
-        }],
+        options: &[
+            formats::FormatOption {
+                name: "level",
+                kind: formats::OptionKind::Choice(&["low", "high"]),
+                default: "\"low\"",
+                doc: "How much.",
+            },
+            formats::FormatOption {
+                name: "beside",
+                kind: formats::OptionKind::Path,
+                default: "",
+                doc: "Another file.",
+            },
+        ],
         open: |_, _| Box::pin(std::future::pending()),
         create: |_| Ok(()),
     };
@@ -126,6 +135,7 @@ fn an_option_of_a_format_is_in_the_reference() {
         "| `x` | `.x` `.y` | discard, resize | one \\| another |",
         "### `[block.x]`",
         "| `level` | \"low\" or \"high\" | `\"low\"` | How much. |",
+        "| `beside` | a path | none | Another file. |",
     ] {
         assert!(page.lines().any(|found| found == line), "{page}");
     }
