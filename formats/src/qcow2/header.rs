@@ -109,7 +109,16 @@ pub struct Header {
     pub compression: Compression,
 }
 
-fn be32(bytes: &[u8], offset: usize) -> u32 {
+/// The big-endian number at `offset`; 0 past the end.
+pub(super) fn be16(bytes: &[u8], offset: usize) -> u16 {
+    match bytes.get(offset..offset + 2) {
+        Some(&[high, low]) => u16::from_be_bytes([high, low]),
+        _ => 0,
+    }
+}
+
+/// As [`be16`].
+pub(super) fn be32(bytes: &[u8], offset: usize) -> u32 {
     let mut value = [0; 4];
     if let Some(found) = bytes.get(offset..offset + 4) {
         value.copy_from_slice(found);
@@ -117,7 +126,8 @@ fn be32(bytes: &[u8], offset: usize) -> u32 {
     u32::from_be_bytes(value)
 }
 
-fn be64(bytes: &[u8], offset: usize) -> u64 {
+/// As [`be16`].
+pub(super) fn be64(bytes: &[u8], offset: usize) -> u64 {
     u64::from(be32(bytes, offset)) << 32 | u64::from(be32(bytes, offset + 4))
 }
 

@@ -2,11 +2,14 @@
 
 #[allow(dead_code)]
 mod entry;
+#[allow(dead_code)]
 pub mod header;
+pub mod snapshot;
 
 use std::fmt;
 
 pub use header::{Compression, Header};
+pub use snapshot::Snapshot;
 
 /// Why an image is not used: what is wrong with it, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
