@@ -1,6 +1,8 @@
 //! qcow2 images, versions 2 and 3, as QEMU's `docs/interop/qcow2` specifies them.
 
 #[allow(dead_code)]
+mod compressed;
+#[allow(dead_code)]
 mod entry;
 #[allow(dead_code)]
 pub mod header;
