@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStringExt;
 use super::Refusal;
 
 /// "QFI\xfb"
-const MAGIC: u32 = 0x5146_49fb;
+pub(super) const MAGIC: u32 = 0x5146_49fb;
 /// Length of the header of version 2, and of the shortest one of version 3.
 const V2_LEN: usize = 72;
 const V3_LEN: usize = 104;
@@ -15,7 +15,7 @@ const V3_LEN: usize = 104;
 /// bytes, or in the first cluster if that is smaller.
 pub const MAX_HEADER: usize = 64 << 10;
 /// Longest name of a backing file in bytes.
-const MAX_BACKING_NAME: usize = 1023;
+pub(super) const MAX_BACKING_NAME: usize = 1023;
 /// The largest L1 table, refcount table and snapshot count that are believed: those of QEMU.
 pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 pub(super) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
@@ -52,11 +52,13 @@ pub mod autoclear {
 }
 
 /// Types of header extensions.
-mod extension {
-    pub(super) const END: u32 = 0;
-    pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
-    pub(super) const ENCRYPTION: u32 = 0x0537_be77;
-    pub(super) const DATA_FILE: u32 = 0x4441_5441;
+pub(super) mod extension {
+    pub(in super::super) const END: u32 = 0;
+    pub(in super::super) const BACKING_FORMAT: u32 = 0xe279_2aca;
+    pub(in super::super) const ENCRYPTION: u32 = 0x0537_be77;
+    pub(in super::super) const FEATURE_NAMES: u32 = 0x6803_f857;
+    pub(in super::super) const BITMAPS: u32 = 0x2385_2875;
+    pub(in super::super) const DATA_FILE: u32 = 0x4441_5441;
 }
 
 /// How compressed clusters are compressed.

@@ -2,14 +2,20 @@
 
 #[allow(dead_code)]
 mod compressed;
+mod create;
 #[allow(dead_code)]
 mod entry;
 #[allow(dead_code)]
 pub mod header;
+#[allow(dead_code)]
+mod refcount;
 pub mod snapshot;
+#[cfg(test)]
+mod testing;
 
 use std::fmt;
 
+pub use create::{Backing, CreateOptions, DataFile, OPTIONS, Preallocation, create};
 pub use header::{Compression, Header};
 pub use snapshot::Snapshot;
 
