@@ -95,6 +95,29 @@ impl Segments {
         Rc::clone(&self.keep)
     }
 
+    /// The pieces of several, one after the other.
+    pub fn chain(parts: impl IntoIterator<Item = Segments>) -> Segments {
+        let mut parts = parts.into_iter();
+        let Some(mut all) = parts.next() else {
+            return Segments::from_pieces(Rc::new(()));
+        };
+        for part in parts {
+            for piece in &part.iov {
+                all.push(piece.iov_base, piece.iov_len);
+            }
+            all.keep = Rc::new((all.keep, part.keep));
+        }
+        all
+    }
+
+    fn from_pieces(keep: Rc<dyn Any>) -> Segments {
+        Segments {
+            iov: SmallVec::new(),
+            len: 0,
+            keep,
+        }
+    }
+
     /// Takes the first `len` bytes away, at most all.
     pub fn split_to(&mut self, len: usize) -> Segments {
         let front = self.slice(0, len);

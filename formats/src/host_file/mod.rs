@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use crate::{File, Pending, Ring, Segments, Whole};
+use crate::{Buffer, File, Pending, Ring, Segments, Whole};
 use direct::Alignment;
 
 pub use create::create_file;
@@ -120,6 +120,28 @@ impl HostFile {
             }
             _ => Transfer::Plain(self.ring.read_exact_at(&self.file, offset, to)),
         }
+    }
+
+    /// Fills all of `to` from `offset` on; what lies past the end of the file reads as zeroes.
+    pub async fn read_zero_filled(&self, offset: u64, mut to: Segments) -> io::Result<()> {
+        let there = self.size().saturating_sub(offset).min(to.len() as u64);
+        // O_DIRECT takes whole units only, and the last one may be cut short.
+        let whole = there - there % u64::from(self.alignment());
+        let part = to.split_to(whole as usize);
+        if !part.is_empty() {
+            self.read(offset, part).await?;
+        }
+        to.fill(0);
+        if there > whole {
+            let unit = self.alignment() as usize;
+            let memory = Segments::from_buffer(Buffer::zeroed(unit, unit.max(4096))?);
+            let read = self
+                .ring
+                .read_at(&self.file, offset + whole, memory.clone());
+            let count = read.await?;
+            to.copy_segments(&memory.slice(0, count));
+        }
+        Ok(())
     }
 
     /// Writes all of `from` at `offset`.

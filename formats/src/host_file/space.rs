@@ -106,7 +106,8 @@ impl HostFile {
         Ok(())
     }
 
-    fn zeroes(&self) -> io::Result<Segments> {
+    /// 1 MiB of zeroes, to be written.
+    pub(crate) fn zeroes(&self) -> io::Result<Segments> {
         if let Some(zeroes) = self.zeroes.get() {
             return Ok(zeroes.clone());
         }
