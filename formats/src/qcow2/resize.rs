@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use super::Qcow2;
 use super::blank::Blank;
 use super::header::MAX_L1_BYTES;
+use crate::HostFile;
 
 impl Qcow2 {
     /// Changes the size of the disk: all or nothing. New space reads as zeroes, whatever the
@@ -31,10 +32,14 @@ impl Qcow2 {
         let old_end = self.l1.borrow().len() << self.geometry.l2_bits();
         let cut_off = size.div_ceil(1 << bits)..old_end;
         // The disk has its new size: what is left now takes space, and does no harm.
-        let result = match self.blank(cut_off, Blank::Drop).await {
+        let mut result = match self.blank(cut_off, Blank::Drop).await {
             Ok(()) => self.commit().await,
             failed => failed,
         };
+        if let Some(data) = self.data.as_ref().filter(|data| !data.is_device()) {
+            let end = size.next_multiple_of(data.alignment().into());
+            result = result.and(data.resize(end).await);
+        }
         if let Err(error) = result {
             let path = self.file.path().display();
             tracing::warn!("what was cut off of `{path}` could not be freed: {error}");
@@ -49,15 +54,25 @@ impl Qcow2 {
             self.allocate_range(self.size.get()..size, |_, _| {})
                 .await?;
         }
-        self.commit().await?;
-        if let Some(data) = &self.data
-            && data.size() < size
-            && !data.is_device()
-        {
-            data.resize(size.next_multiple_of(data.alignment().into()))
-                .await?;
+        if let Some(data) = &self.data {
+            self.blank_data_file(data, size).await?;
         }
+        self.commit().await?;
         self.set_size(size).await
+    }
+
+    /// Makes a data file show zeroes up to `size` too: it may be one that is read as it is.
+    async fn blank_data_file(&self, data: &HostFile, size: u64) -> io::Result<()> {
+        let old = self.size.get().next_multiple_of(data.alignment().into());
+        let end = size.next_multiple_of(data.alignment().into());
+        let stale = end.min(data.size());
+        if stale > old {
+            data.write_zeroes(old, stale - old, self.sparse).await?;
+        }
+        match data.size() < end && !data.is_device() {
+            true => data.resize(end).await,
+            false => Ok(()),
+        }
     }
 
     async fn set_size(&self, size: u64) -> io::Result<()> {
