@@ -53,26 +53,21 @@ impl Qcow2 {
 
     /// Fills `to`: at once if all is known to lie in one place of the file.
     pub(super) fn read_at(&self, offset: u64, to: Segments) -> Pending<'_> {
-        if let Ok(Some(extent)) = self.extent(offset, to.len() as u64)
-            && extent.len == to.len() as u64
+        let len = to.len() as u64;
+        let file = self.data_file();
+        if let Ok(Some(extent)) = self.extent(offset, len)
+            && extent.len == len
             && let Place::Data { host, .. } = extent.place
+            && host + len <= file.size()
         {
             let in_flight = self.epochs.enter();
+            let read = file.read(host, to);
             return Box::pin(async move {
                 let _in_flight = in_flight;
-                self.read_data(host, to).await
+                read.await
             });
         }
         Box::pin(self.read_extents(offset, to))
-    }
-
-    async fn read_data(&self, host: u64, to: Segments) -> io::Result<()> {
-        let file = self.data_file();
-        match host + to.len() as u64 <= file.size() {
-            true => file.read(host, to).await,
-            // The last cluster of a file may be cut short.
-            false => file.read_zero_filled(host, to).await,
-        }
     }
 
     /// Fills `to`, from wherever it is, all places at once.
@@ -83,7 +78,11 @@ impl Qcow2 {
             let extent = self.extent_of(offset, to.len() as u64).await?;
             let part = to.split_to(extent.len as usize);
             match extent.place {
-                Place::Data { host, .. } => reads.add(Box::pin(self.read_data(host, part))),
+                Place::Data { host, .. } => {
+                    // The last cluster of a file may be cut short.
+                    let read = self.data_file().read_zero_filled(host, part);
+                    reads.add(Box::pin(read));
+                }
                 Place::Zero => part.fill(0),
                 Place::Backing => self.add_backing(&mut reads, offset, part),
                 Place::Compressed { offset: at, len } => {

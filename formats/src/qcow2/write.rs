@@ -42,9 +42,10 @@ impl Qcow2 {
             && self.is_in_file(host, extent.len)
         {
             let in_flight = self.epochs.enter();
+            let write = self.data_file().write(host, from);
             return Box::pin(async move {
                 let _in_flight = in_flight;
-                self.data_file().write(host, from).await
+                write.await
             });
         }
         Box::pin(self.write_extents(offset, from))
