@@ -7,6 +7,9 @@ use super::testing::qemu_img;
 use crate::testing::{bytes, directory, engines, image, open, run, segments};
 use crate::{Disk, Image, OptionValue, Ring};
 
+mod backing;
+mod flush;
+
 const MIB: u64 = 1 << 20;
 
 /// Neither damaged nor leaking.

@@ -1,0 +1,140 @@
+//! What is written when, and in which order.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use super::{MIB, check, new_image, read, write};
+use crate::testing::{directory, image, open, run, segments};
+use crate::{Attempt, Fault, Ring, What};
+
+/// Tells every attempt to write and to synchronise, in order.
+fn watch(ring: &Ring) -> Rc<RefCell<Vec<Attempt>>> {
+    let seen = Rc::new(RefCell::new(Vec::new()));
+    let log = Rc::clone(&seen);
+    ring.inject(move |attempt| {
+        if matches!(attempt.what, What::Write | What::Sync) {
+            log.borrow_mut().push(*attempt);
+        }
+        None
+    });
+    seen
+}
+
+fn shape(seen: &RefCell<Vec<Attempt>>) -> String {
+    let one = |attempt: &Attempt| match attempt.what {
+        What::Sync => 'S',
+        _ => 'w',
+    };
+    seen.borrow_mut().drain(..).map(|it| one(&it)).collect()
+}
+
+#[test]
+fn a_first_write_is_one_transfer_and_a_flush_orders_its_tables() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let disk = open(&ring, "qcow2", &new_image(&path, 64 * MIB, &[])).unwrap();
+    let seen = watch(&ring);
+    write(&ring, &*disk, 0, &[1; 4096]);
+    assert_eq!(shape(&seen), "w");
+    run(&ring, disk.flush()).unwrap();
+    // Refcounts, then the L2 table, then the L1 table.
+    assert_eq!(shape(&seen), "wSwSwS");
+    write(&ring, &*disk, 65536, &[2; 4096]);
+    run(&ring, disk.flush()).unwrap();
+    // The cluster was reserved together with the first: its refcount is there.
+    assert_eq!(shape(&seen), "wSwS");
+    run(&ring, disk.close()).unwrap();
+    check(&path);
+}
+
+#[test]
+fn a_write_in_place_is_one_transfer_and_its_flush_one_barrier() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let disk = open(&ring, "qcow2", &new_image(&path, 64 * MIB, &[])).unwrap();
+    write(&ring, &*disk, 0, &[1; 262_144]);
+    run(&ring, disk.flush()).unwrap();
+    let seen = watch(&ring);
+    // Four clusters that lie together.
+    write(&ring, &*disk, 512, &[2; 261_120]);
+    run(&ring, disk.flush()).unwrap();
+    assert_eq!(shape(&seen), "wS");
+    run(&ring, disk.close()).unwrap();
+}
+
+#[test]
+fn flushes_at_once_share_one() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let disk = open(&ring, "qcow2", &new_image(&path, 64 * MIB, &[])).unwrap();
+    let disk = Rc::new(disk);
+    let seen = watch(&ring);
+    run(&ring, async {
+        for _ in 0..32 {
+            let disk = Rc::clone(&disk);
+            ring.spawn(async move { disk.flush().await.unwrap() });
+        }
+        while Rc::strong_count(&disk) > 1 {
+            ring.yield_now().await;
+        }
+    });
+    // One began with the first call, and one after all others had come.
+    assert_eq!(shape(&seen), "SS");
+}
+
+#[test]
+fn a_flush_that_failed_is_made_up_for_by_the_next() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    for fail in 1.. {
+        let _ = std::fs::remove_file(&path);
+        let disk = open(&ring, "qcow2", &new_image(&path, 64 * MIB, &[])).unwrap();
+        write(&ring, &*disk, MIB, &[1; 4096]);
+        let mut count = 0;
+        ring.inject(move |attempt| {
+            let counts = matches!(attempt.what, What::Write | What::Sync);
+            count += u32::from(counts);
+            (counts && count == fail).then_some(Fault::Errno(libc::EIO))
+        });
+        let failed = run(&ring, disk.flush()).is_err();
+        ring.inject(|_| None);
+        run(&ring, disk.flush()).unwrap();
+        // As after the process was killed.
+        drop(disk);
+        let disk = open(&ring, "qcow2", &image(&path)).unwrap();
+        assert_eq!(read(&ring, &*disk, MIB, 4096), [1; 4096]);
+        run(&ring, disk.close()).unwrap();
+        if !failed {
+            assert_eq!(fail, 7);
+            break;
+        }
+    }
+}
+
+#[test]
+fn a_cluster_is_not_handed_out_again_while_a_read_of_it_is_in_flight() {
+    let ring = Ring::new(crate::Engine::Threads).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let disk = open(&ring, "qcow2", &new_image(&path, 64 * MIB, &[])).unwrap();
+    write(&ring, &*disk, 0, &[1; 65536]);
+    run(&ring, disk.flush()).unwrap();
+    let memory = segments(&[0; 65536]);
+    let late = disk.read(0, memory.clone());
+    run(&ring, disk.discard(0, 65536)).unwrap();
+    run(&ring, disk.flush()).unwrap();
+    for at in 1..64 {
+        write(&ring, &*disk, at * 65536, &[2; 65536]);
+    }
+    run(&ring, late).unwrap();
+    assert_eq!(crate::testing::bytes(&memory), [1; 65536]);
+    run(&ring, disk.flush()).unwrap();
+    // Now it is.
+    write(&ring, &*disk, 0, &[3; 65536]);
+    run(&ring, disk.close()).unwrap();
+    check(&path);
+}
