@@ -142,6 +142,8 @@ impl Qcow2 {
         }
         let first = clusters.start;
         if let Some(host) = ours(self.mapping_of(first).await?) {
+            self.check_in_file(host, self.geometry.cluster_size())
+                .await?;
             return Ok(Some(Target {
                 first,
                 count: 1,
