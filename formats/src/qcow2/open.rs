@@ -181,7 +181,11 @@ async fn load(ring: &Ring, image: &Image, file: HostFile) -> Result<Qcow2, OpenE
         condemned: Cell::new(false),
         file,
     };
-    disk.clear_features().await.map_err(|error| OpenError {
+    let prepared = match disk.complete_files().await {
+        Ok(()) => disk.clear_features().await,
+        failed => failed,
+    };
+    prepared.map_err(|error| OpenError {
         message: format!("cannot write `{path}`: {}", text(&error)),
         help: None,
         key: OpenError::HOST,
@@ -289,7 +293,8 @@ async fn tables(file: &HostFile, header: &Header) -> io::Result<Result<Tables, R
     let file_clusters = file.size().div_ceil(header.cluster_size());
     let mut places = Places::default();
     let mut add = |what: &str, offset: u64, len: u64| {
-        let clusters = offset >> bits..(offset + len).div_ceil(1 << bits);
+        // An offset may be any number: that of a snapshot's table is read as it is.
+        let clusters = offset >> bits..offset.saturating_add(len).div_ceil(1 << bits);
         if clusters.end > file_clusters {
             return Err(Refusal::new(format!(
                 "its {what} at {offset:#x} is past the end of the file"
@@ -398,6 +403,26 @@ async fn snapshots(
 }
 
 impl Qcow2 {
+    /// Makes the files as long as what is written in place may reach: the last cluster of an
+    /// image may be cut short, and a data file may end anywhere. What lies past a file's known
+    /// end is not read.
+    async fn complete_files(&self) -> io::Result<()> {
+        if self.ro {
+            return Ok(());
+        }
+        let end = self.alloc.borrow().end() << self.geometry.cluster_bits;
+        if self.file.size() < end && !self.file.is_device() {
+            self.file.resize(end).await?;
+        }
+        match &self.data {
+            Some(data) if data.size() < self.size.get() && !data.is_device() => {
+                let size = self.size.get().next_multiple_of(data.alignment().into());
+                data.resize(size).await
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Clears what a writer who does not keep it up must clear: bits for features that are
     /// unknown here.
     async fn clear_features(&self) -> io::Result<()> {

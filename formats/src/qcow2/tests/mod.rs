@@ -9,6 +9,7 @@ use crate::{Disk, Image, OptionValue, Ring};
 
 mod backing;
 mod flush;
+mod short;
 
 const MIB: u64 = 1 << 20;
 
