@@ -498,22 +498,27 @@ impl Qcow2 {
                     _ => None,
                 }
             };
-            let Some((_, run)) = next else {
+            let Some((epoch, mut run)) = next else {
                 return Ok(());
             };
             // What was decompressed from there is not to be found there again.
             self.decoded.borrow_mut().clear();
-            self.release(&run).await?;
+            if let Err(error) = self.release(&mut run).await {
+                if run.count > 0 {
+                    self.alloc.borrow_mut().resting.push_front((epoch, run));
+                }
+                return Err(error);
+            }
         }
     }
 
-    /// Takes one reference to each cluster away.
-    async fn release(&self, run: &Run) -> io::Result<()> {
-        let mut at = run.start;
-        let end = run.start + run.count;
-        while at < end {
+    /// Takes one reference to each cluster away; those that are done leave the run.
+    async fn release(&self, run: &mut Run) -> io::Result<()> {
+        while run.count > 0 {
+            let (at, end) = (run.start, run.start + run.count);
             let refcount = self.refcount(at).await?;
             if refcount == 0 {
+                run.split_to(1);
                 let offset = at << self.geometry.cluster_bits;
                 let damage = Damage(format!(
                     "the cluster at {offset:#x} was in use, but its refcount is 0"
@@ -526,17 +531,14 @@ impl Qcow2 {
             }
             // As long as the refcount says so nobody takes it, and what is punched is nobody's.
             let zero = refcount == 1 && self.punch(at..next).await;
-            for cluster in at..next {
-                self.set_refcount(cluster, refcount - 1).await?;
+            while run.start < next {
+                self.set_refcount(run.start, refcount - 1).await?;
+                // At once, or else whoever looks for free clusters meanwhile finds it as well.
+                let freed = run.split_to(1);
+                if refcount == 1 {
+                    self.alloc.borrow_mut().add_freed(Run { zero, ..freed });
+                }
             }
-            if refcount == 1 {
-                self.alloc.borrow_mut().add_freed(Run {
-                    start: at,
-                    count: next - at,
-                    zero,
-                });
-            }
-            at = next;
         }
         Ok(())
     }
