@@ -85,6 +85,22 @@ impl Qcow2 {
         refcount::load(bytes, self.geometry.refcount_order, index)
     }
 
+    /// Counts a new refcount block, all zeroes, that lies in a cluster that it counts itself: its
+    /// slice is in memory from now on, with the refcount 1 for that cluster.
+    pub(super) fn add_self_counting_block(&self, cluster: u64) -> io::Result<()> {
+        let slice = self.refcount_slice(cluster);
+        let index = (cluster & ((1 << self.refcount_slice_bits()) - 1)) as usize;
+        let len = 1 << self.slice_bits;
+        let zeroes = Buffer::zeroed(len, len)?;
+        let mut refcounts = self.refcounts.borrow_mut();
+        refcounts.make_room();
+        refcounts.insert(slice, zeroes);
+        if let Some(bytes) = refcounts.bytes_mut(slice)? {
+            refcount::store(bytes, self.geometry.refcount_order, index, 1);
+        }
+        Ok(())
+    }
+
     /// Sets the refcount of a cluster whose block is there.
     pub(super) async fn set_refcount(&self, cluster: u64, refcount: u64) -> io::Result<()> {
         let slice = self.refcount_slice(cluster);

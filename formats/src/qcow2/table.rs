@@ -9,6 +9,8 @@ use crate::Buffer;
 /// The entries, and which of them have changed.
 pub(super) struct Table {
     entries: Vec<u64>,
+    /// How many of them have a place in the file; the others wait for the table to move.
+    placed: usize,
     /// Where the table lies in the file.
     offset: u64,
     /// What is written at once, in bytes.
@@ -37,6 +39,7 @@ impl Changes {
 impl Table {
     pub(super) fn new(entries: Vec<u64>, offset: u64, unit: usize) -> Self {
         Table {
+            placed: entries.len(),
             entries,
             offset,
             unit,
@@ -51,9 +54,9 @@ impl Table {
         self.entries.get(index).copied().unwrap_or(0)
     }
 
-    /// Number of entries.
+    /// Number of entries that have a place in the file.
     pub(super) fn len(&self) -> u64 {
-        self.entries.len() as u64
+        self.placed as u64
     }
 
     /// Where it lies, and its length in bytes.
@@ -68,13 +71,24 @@ impl Table {
         };
         if *entry != value {
             *entry = value;
-            self.dirty.insert(index as usize * 8 / self.unit);
+            if index < self.placed as u64 {
+                self.dirty.insert(index as usize * 8 / self.unit);
+            }
         }
+    }
+
+    /// Makes room for at least `len` entries, ahead of the table's move to where they have a
+    /// place; returns how many there are.
+    pub(super) fn extend_ahead(&mut self, len: u64) -> u64 {
+        let len = self.entries.len().max(len as usize);
+        self.entries.resize(len, 0);
+        len as u64
     }
 
     /// Moves the table to another place, where it has `len` entries.
     pub(super) fn relocate(&mut self, offset: u64, len: u64) {
         self.entries.resize(len as usize, 0);
+        self.placed = self.entries.len();
         self.offset = offset;
         self.moved = true;
         self.dirty = (0..(self.entries.len() * 8).div_ceil(self.unit)).collect();
@@ -98,7 +112,7 @@ impl Table {
             units.push((offset, Rc::new(bytes)));
         }
         let numbers = std::mem::take(&mut self.dirty).into_iter().collect();
-        let moved = std::mem::take(&mut self.moved).then_some((self.offset, self.entries.len()));
+        let moved = std::mem::take(&mut self.moved).then_some((self.offset, self.placed));
         Ok(Changes {
             units,
             moved,

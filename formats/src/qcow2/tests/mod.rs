@@ -8,7 +8,9 @@ use crate::testing::{bytes, directory, engines, image, open, run, segments};
 use crate::{Disk, Image, OptionValue, Ring};
 
 mod backing;
+mod faults;
 mod flush;
+mod races;
 mod short;
 
 const MIB: u64 = 1 << 20;
