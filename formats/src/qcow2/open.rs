@@ -359,10 +359,9 @@ async fn tables(file: &HostFile, header: &Header) -> io::Result<Result<Tables, R
     Ok(Ok((l1, refcount_table, places)))
 }
 
-/// Reads big-endian numbers, `count` of them.
+/// Reads big-endian numbers, `count` of them: as many as the header may say. Where the file ends
+/// in the table's last cluster they are 0.
 async fn numbers(file: &HostFile, offset: u64, count: u64) -> io::Result<Vec<u64>> {
-    // Nobody is believed who says that there is more than the file has.
-    let count = count.min(file.size().saturating_sub(offset).div_ceil(8));
     let mut numbers = Vec::with_capacity(count as usize);
     while (numbers.len() as u64) < count {
         let left = (count - numbers.len() as u64) * 8;

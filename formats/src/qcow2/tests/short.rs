@@ -107,3 +107,19 @@ fn a_snapshot_whose_l1_table_is_at_the_end_of_all_numbers_is_refused() {
         assert!(open(&ring, "qcow2", &image(&path)).is_err());
     }
 }
+
+#[test]
+fn an_l1_table_that_the_file_ends_in_is_as_long_as_the_header_says() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    qemu_create("", &path, "100G");
+    let header = Header::parse(&std::fs::read(&path).unwrap()).unwrap();
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(header.l1_table_offset + 8).unwrap();
+    let disk = open(&ring, "qcow2", &image(&path)).unwrap();
+    write(&ring, &*disk, 99 << 30, &[1; 4096]);
+    assert_eq!(read(&ring, &*disk, 99 << 30, 4096), [1; 4096]);
+    run(&ring, disk.close()).unwrap();
+    check(&path);
+}
