@@ -26,8 +26,7 @@ impl Qcow2 {
         if self.geometry.external {
             return self.zero_clusters(clusters, true).await;
         }
-        self.blank(clusters, Blank::Discard).await?;
-        self.commit_if_many_unlinked().await
+        self.blank(clusters, Blank::Discard).await
     }
 
     /// Makes a range read as zeroes.
@@ -36,8 +35,7 @@ impl Qcow2 {
         let (clusters, head, tail) = self.whole_clusters(offset, len);
         self.zero_part(head).await?;
         self.zero_part(tail).await?;
-        self.zero_clusters(clusters, unmap && self.sparse).await?;
-        self.commit_if_many_unlinked().await
+        self.zero_clusters(clusters, unmap && self.sparse).await
     }
 
     /// The clusters that a range covers as far as the disk goes, and what it covers of others
@@ -127,6 +125,8 @@ impl Qcow2 {
             let end = clusters.end.min(self.slice_end(first));
             let next = self.blank_slice(first..end, how).await?;
             first = next.max(end);
+            // What is unlinked and not yet durably so takes memory.
+            self.commit_if_many_unlinked().await?;
         }
         Ok(())
     }
