@@ -41,7 +41,7 @@ impl Qcow2 {
     /// under way share the next one.
     pub(super) async fn commit(&self) -> io::Result<()> {
         let wanted = self.commits_begun.get() + 1;
-        let _held = self.committing.only().await;
+        let held = self.committing.only().await;
         if self.committed.get() >= wanted {
             return Ok(());
         }
@@ -56,6 +56,8 @@ impl Qcow2 {
             result?;
         }
         self.committed.set(number);
+        // Whoever waits for the next commit does not wait for the host to free space.
+        drop(held);
         self.retire().await
     }
 
