@@ -6,9 +6,9 @@ use super::header::{Header, incompatible};
 /// An L1 or standard L2 entry: the refcount of what it points to is exactly one.
 pub(super) const COPIED: u64 = 1 << 63;
 /// An L2 entry: the descriptor is one of compressed data.
-const COMPRESSED: u64 = 1 << 62;
+pub(super) const COMPRESSED: u64 = 1 << 62;
 /// A standard L2 entry without subclusters: reads as zeroes.
-const ZERO: u64 = 1;
+pub(super) const ZERO: u64 = 1;
 /// Bits 9 to 55: a host offset.
 pub(super) const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// Subclusters in a cluster with extended L2 entries.

@@ -109,6 +109,20 @@ pub struct Header {
     pub refcount_order: u32,
     /// How compressed clusters are compressed.
     pub compression: Compression,
+    /// Where the persistent dirty bitmaps are, if there are any. They mean nothing unless
+    /// [`autoclear::BITMAPS`] is set.
+    pub bitmaps: Option<Bitmaps>,
+}
+
+/// The bitmaps extension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bitmaps {
+    /// Number of bitmaps.
+    pub count: u32,
+    /// Offset of the bitmap directory.
+    pub directory_offset: u64,
+    /// Length of the bitmap directory in bytes.
+    pub directory_len: u64,
 }
 
 /// The big-endian number at `offset`; 0 past the end.
@@ -186,6 +200,7 @@ impl Header {
             autoclear_features: v3(88),
             refcount_order: if version == 3 { be32(bytes, 96) } else { 4 },
             compression: Compression::Zlib,
+            bitmaps: None,
         };
         let compression_type = match header_length > V3_LEN {
             true => bytes.get(V3_LEN).copied().unwrap_or(0),
@@ -266,6 +281,13 @@ impl Header {
                 }
                 extension::DATA_FILE => {
                     self.data_file = Some(OsString::from_vec(data.to_vec()));
+                }
+                extension::BITMAPS => {
+                    self.bitmaps = Some(Bitmaps {
+                        count: be32(data, 0),
+                        directory_len: be64(data, 8),
+                        directory_offset: be64(data, 16),
+                    });
                 }
                 extension::ENCRYPTION => return Err(encrypted("LUKS")),
                 _ => {}

@@ -9,6 +9,7 @@
 mod alloc;
 mod backing;
 mod blank;
+mod check;
 mod commit;
 mod compressed;
 mod create;
@@ -38,6 +39,7 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::io;
 
+pub use check::{CheckError, Problem, ProblemKind, Report, check};
 pub use create::{Backing, CreateOptions, DataFile, OPTIONS, Preallocation, create};
 pub use header::{Compression, Header};
 pub use snapshot::Snapshot;

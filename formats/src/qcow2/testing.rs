@@ -13,10 +13,14 @@ fn run(program: &str, args: &[&OsStr]) -> Output {
         .unwrap_or_else(|error| panic!("{program}: {error}"))
 }
 
-/// Runs `qemu-img` with these words and then the image; returns what it says.
+/// Runs `qemu-img` with these words, of which `IMAGE` is the image, or else with the image after
+/// them; returns what it says.
 pub(super) fn qemu_img(words: &str, image: &Path) -> String {
     let mut args: Vec<&OsStr> = words.split_whitespace().map(OsStr::new).collect();
-    args.push(image.as_ref());
+    match args.iter_mut().find(|word| **word == "IMAGE") {
+        Some(word) => *word = image.as_ref(),
+        None => args.push(image.as_ref()),
+    }
     let output = run("qemu-img", &args);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(
