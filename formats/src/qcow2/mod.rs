@@ -25,6 +25,7 @@ mod places;
 mod read;
 mod refcount;
 mod refcounts;
+mod repair;
 mod resize;
 mod slices;
 pub mod snapshot;
@@ -42,6 +43,7 @@ use std::io;
 pub use check::{CheckError, Problem, ProblemKind, Report, check};
 pub use create::{Backing, CreateOptions, DataFile, OPTIONS, Preallocation, create};
 pub use header::{Compression, Header};
+pub use repair::{Repair, repair};
 pub use snapshot::Snapshot;
 
 use crate::{Disk, Format, HostFile, Limits, Pending, Segments};

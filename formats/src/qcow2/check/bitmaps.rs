@@ -25,10 +25,10 @@ impl Walk<'_> {
             return Ok(());
         }
         let (offset, len) = (bitmaps.directory_offset, bitmaps.directory_len);
-        self.count(offset, len, 1, || "the bitmap directory".into())?;
+        self.count_table(offset, len, || "the bitmap directory".into())?;
         if len > MAX_DIRECTORY.min(self.file_len) {
             let wrong = format!("the bitmap directory is said to have {len} bytes");
-            self.report.corruption(|| wrong);
+            self.astray(1, || wrong);
             return Ok(());
         }
         let mut directory = vec![0; len as usize];
@@ -44,15 +44,14 @@ impl Walk<'_> {
             let (table, entries) = (be64(rest, 0), be32(rest, 8));
             let table_len = u64::from(entries) * 8;
             if rest.len() < entry_len || table_len > left {
-                self.report
-                    .corruption(|| format!("entry {number} of the bitmap directory is damaged"));
+                self.astray(1, || {
+                    format!("entry {number} of the bitmap directory is damaged")
+                });
                 return Ok(());
             }
             left -= table_len;
             rest = &rest[entry_len..];
-            self.count(table, table_len, 1, || {
-                format!("the table of bitmap {number}")
-            })?;
+            self.count_table(table, table_len, || format!("the table of bitmap {number}"))?;
             self.count_bitmap(number, table, table_len)?;
         }
         Ok(())
@@ -80,7 +79,7 @@ impl Walk<'_> {
         let unaligned = self.geometry.in_cluster(offset) != 0;
         // Without a place, bit 0 says what all bits of it are.
         if entry & RESERVED != 0 || unaligned || offset != 0 && entry & 1 != 0 {
-            self.report.corruption(|| format!("{} is damaged", at()));
+            self.astray(1, || format!("{} is damaged", at()));
             return Ok(());
         }
         match offset {

@@ -1,13 +1,27 @@
 //! What is counted, against what is stored.
 
+use super::super::Header;
 use super::CheckError;
 use super::refcounts::PAGE;
 use super::report::ProblemKind;
+use super::stored::BlockPlace;
 use super::walk::Walk;
 
 impl Walk<'_> {
-    /// Counts the refcount blocks, each of which is to be used once, and by the table.
-    pub(super) fn count_blocks(&mut self) -> Result<(), CheckError> {
+    /// Counts the refcount table, and its blocks, each of which is to be used but once.
+    pub(super) fn count_refcounts(&mut self, header: &Header) -> Result<(), CheckError> {
+        let lost = self.lost;
+        let (offset, bits) = (header.refcount_table_offset, header.cluster_bits);
+        let clusters = u64::from(header.refcount_table_clusters);
+        self.count_table(offset, clusters << bits, || "the refcount table".into())?;
+        let first = offset >> bits;
+        self.rebuild |= (first..first + clusters).any(|cluster| self.counted.load(cluster) != 1);
+        // It can be made anew.
+        self.lost = lost;
+        self.count_blocks()
+    }
+
+    fn count_blocks(&mut self) -> Result<(), CheckError> {
         let clusters = self.clusters;
         for index in 0..self.stored.table.len() {
             let entry = self.stored.table[index];
@@ -30,7 +44,7 @@ impl Walk<'_> {
                 self.rebuild = true;
                 continue;
             }
-            self.count(offset, self.geometry.cluster_size(), 1, at)?;
+            self.count_table(offset, self.geometry.cluster_size(), at)?;
             let users = self.counted.load(offset >> self.geometry.cluster_bits);
             if users != 1 {
                 self.report
@@ -52,6 +66,14 @@ impl Walk<'_> {
             let end = (first + PAGE).min(self.clusters);
             for cluster in first..end {
                 let counted = self.counted.load(cluster);
+                let offset = cluster << self.geometry.cluster_bits;
+                if counted > 1 && self.overlaps(cluster) {
+                    self.report.add(ProblemKind::Overlap, 1, || {
+                        format!(
+                            "cluster {cluster} at {offset:#x} is a table, and used otherwise too"
+                        )
+                    });
+                }
                 let Some(stored) = self.stored.load(cluster) else {
                     continue;
                 };
@@ -65,8 +87,9 @@ impl Walk<'_> {
                     true => ProblemKind::Corruption,
                     false => ProblemKind::Leak,
                 };
-                self.rebuild |= stored == 0;
-                let offset = cluster << self.geometry.cluster_bits;
+                let block = (cluster >> self.geometry.refcount_block_bits()) as usize;
+                self.rebuild |=
+                    stored < counted && self.stored.place(self.geometry, block) == BlockPlace::None;
                 self.report.add(kind, 1, || {
                     format!("cluster {cluster} at {offset:#x} has refcount {stored}, but {counted} users")
                 });

@@ -4,6 +4,7 @@
 mod bitmaps;
 mod compare;
 pub(super) mod io;
+mod l2;
 pub(super) mod refcounts;
 mod report;
 pub(super) mod stored;
@@ -12,7 +13,7 @@ pub(super) mod walk;
 use std::fmt;
 use std::fs::File;
 
-use super::header::{MAX_HEADER, MAX_L1_BYTES};
+use super::header::{MAX_HEADER, MAX_L1_BYTES, be32};
 use super::snapshot::{self, Snapshot};
 use super::{Header, Refusal};
 pub use report::{Problem, ProblemKind, Report};
@@ -51,7 +52,7 @@ impl From<Refusal> for CheckError {
     }
 }
 
-fn too_many() -> CheckError {
+pub(super) fn too_many() -> CheckError {
     CheckError::Refused(Refusal::new(
         "it has more clusters or tables than can be checked in 256 MiB of memory",
     ))
@@ -62,81 +63,122 @@ fn too_many() -> CheckError {
 /// `progress` is told how many of its L2 tables have been read, and how many there are.
 /// Backing and data files are not looked at.
 pub fn check(file: &File, progress: &mut dyn FnMut(u64, u64)) -> Result<Report, CheckError> {
-    let header = read_header(file)?;
-    let (snapshots, table_len) = snapshot::read_unchecked(file, &header)??;
-    let stored = Stored::read(file, &header)?;
-    let mut walk = count(
-        file,
-        &header,
-        &stored,
-        &snapshots,
-        table_len as u64,
-        progress,
-    )?;
-    walk.count_blocks()?;
-    walk.compare();
-    Ok(walk.report)
+    let subject = Subject::read(file)?;
+    Ok(subject.compare(file, progress)?.report)
 }
 
-pub(super) fn read_header(file: &File) -> Result<Header, CheckError> {
-    let mut bytes = vec![0; MAX_HEADER.min(io::length(file)?.min(MAX_HEADER as u64) as usize)];
-    io::read_padded(file, 0, &mut bytes)?;
-    Ok(Header::parse(&bytes)?)
-}
-
-/// Counts everything but the refcount blocks.
-pub(super) fn count<'a>(
-    file: &'a File,
-    header: &Header,
-    stored: &'a Stored,
-    snapshots: &[Snapshot],
+/// What is known of an image before its L1 tables are followed.
+pub(super) struct Subject {
+    pub(super) header: Header,
+    /// Why the refcount table cannot be where the header says, if that is so.
+    no_table: Option<Refusal>,
+    snapshots: Vec<Snapshot>,
     snapshot_table_len: u64,
-    progress: &'a mut dyn FnMut(u64, u64),
-) -> Result<Walk<'a>, CheckError> {
-    let file_len = io::length(file)?;
-    let mut walk = Walk::new(file, file_len, header, stored, progress);
-    walk.count(0, header.cluster_size(), 1, || "the header".into())?;
-    walk.count_l1("", header.l1_table_offset, header.l1_size, true)?;
-    // Tables cannot overlap: all together they are in the file.
-    let mut left = file_len;
-    for (number, snapshot) in snapshots.iter().enumerate() {
-        let len = u64::from(snapshot.l1_size) * 8;
-        let name = format!(" of snapshot `{}`", snapshot.name);
-        if header.version >= 3 && snapshot.disk_size.is_none() {
-            walk.report.corruption(|| {
-                format!("entry {number} of the snapshot table does not say how large the disk was")
-            });
-        }
-        let wrong = if !snapshot
-            .l1_table_offset
-            .is_multiple_of(header.cluster_size())
-        {
-            Some("is at no cluster's start")
-        } else if len > MAX_L1_BYTES {
-            Some("is too large")
-        } else if len > left {
-            Some("lies over others")
-        } else {
-            None
+    pub(super) stored: Stored,
+}
+
+impl Subject {
+    pub(super) fn read(file: &File) -> Result<Subject, CheckError> {
+        let len = io::length(file)?.min(MAX_HEADER as u64);
+        let mut bytes = vec![0; len as usize];
+        io::read_padded(file, 0, &mut bytes)?;
+        let (header, no_table) = match Header::parse(&bytes) {
+            Ok(header) => (header, None),
+            Err(refusal) => match without_refcounts(&mut bytes) {
+                Some(header) => (header, Some(refusal)),
+                None => return Err(refusal.into()),
+            },
         };
-        if let Some(wrong) = wrong {
-            walk.report
-                .corruption(|| format!("the L1 table{name} {wrong}"));
-            continue;
-        }
-        left -= len;
-        walk.count_l1(&name, snapshot.l1_table_offset, snapshot.l1_size, false)?;
+        let (snapshots, table_len) = snapshot::read_unchecked(file, &header)??;
+        let stored = match no_table {
+            Some(_) => Stored::none(&header),
+            None => Stored::read(file, &header)?,
+        };
+        Ok(Subject {
+            header,
+            no_table,
+            snapshots,
+            snapshot_table_len: table_len as u64,
+            stored,
+        })
     }
-    walk.count_l2()?;
-    walk.count(header.snapshots_offset, snapshot_table_len, 1, || {
-        "the snapshot table".into()
-    })?;
-    let table_len = u64::from(header.refcount_table_clusters) << header.cluster_bits;
-    walk.count(header.refcount_table_offset, table_len, 1, || {
-        "the refcount table".into()
-    })?;
-    walk.count_bitmaps(header)?;
-    Ok(walk)
+
+    /// Counts everything and compares it with what is stored.
+    pub(super) fn compare<'a>(
+        &'a self,
+        file: &'a File,
+        progress: &'a mut dyn FnMut(u64, u64),
+    ) -> Result<Walk<'a>, CheckError> {
+        let mut walk = self.count(file, progress)?;
+        match &self.no_table {
+            Some(refusal) => {
+                walk.report.corruption(|| refusal.to_string());
+                walk.rebuild = true;
+            }
+            None => walk.count_refcounts(&self.header)?,
+        }
+        walk.compare();
+        Ok(walk)
+    }
+
+    /// Counts everything but the refcount table and its blocks.
+    pub(super) fn count<'a>(
+        &'a self,
+        file: &'a File,
+        progress: &'a mut dyn FnMut(u64, u64),
+    ) -> Result<Walk<'a>, CheckError> {
+        let header = &self.header;
+        let mut walk = Walk::new(file, io::length(file)?, header, &self.stored, progress);
+        walk.count_table(0, header.cluster_size(), || "the header".into())?;
+        walk.count_l1("", header.l1_table_offset, header.l1_size, true)?;
+        self.count_snapshots(&mut walk)?;
+        walk.count_l2()?;
+        let (offset, len) = (header.snapshots_offset, self.snapshot_table_len);
+        walk.count_table(offset, len, || "the snapshot table".into())?;
+        walk.count_bitmaps(header)?;
+        Ok(walk)
+    }
+
+    fn count_snapshots(&self, walk: &mut Walk<'_>) -> Result<(), CheckError> {
+        // Tables cannot overlap: all together they are in the file.
+        let mut left = walk.file_len;
+        for (number, snapshot) in self.snapshots.iter().enumerate() {
+            let (offset, size) = (snapshot.l1_table_offset, snapshot.l1_size);
+            let len = u64::from(size) * 8;
+            let name = format!(" of snapshot `{}`", snapshot.name);
+            if self.header.version >= 3 && snapshot.disk_size.is_none() {
+                walk.report.corruption(|| {
+                    format!("entry {number} of the snapshot table lacks the size of the disk")
+                });
+            }
+            let wrong = if !offset.is_multiple_of(self.header.cluster_size()) {
+                Some("is at no cluster's start")
+            } else if len > MAX_L1_BYTES {
+                Some("is too large")
+            } else if len > left {
+                Some("lies over others")
+            } else {
+                None
+            };
+            match wrong {
+                Some(wrong) => walk.astray(1, || format!("the L1 table{name} {wrong}")),
+                None => {
+                    left -= len;
+                    walk.count_l1(&name, offset, size, false)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The header as it is but for the refcount table, if that alone is what is wrong.
+fn without_refcounts(bytes: &mut [u8]) -> Option<Header> {
+    let cluster_bits = be32(bytes, 20);
+    let place = bytes.get_mut(48..60)?;
+    place[..8].copy_from_slice(&1u64.checked_shl(cluster_bits)?.to_be_bytes());
+    place[8..].copy_from_slice(&1u32.to_be_bytes());
+    Header::parse(bytes).ok()
 }
 
 #[cfg(test)]

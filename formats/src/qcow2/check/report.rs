@@ -15,6 +15,9 @@ pub struct Report {
     pub leaks: u64,
     /// What could not be checked.
     pub check_errors: u64,
+    /// Clusters of metadata that something else claims too, whatever their refcounts are: to
+    /// write to one is to damage the other. `qemu-img check` does not count them.
+    pub overlaps: u64,
     /// Corruptions that a repair mended.
     pub corruptions_fixed: u64,
     /// Leaks that a repair freed.
@@ -53,12 +56,19 @@ pub enum ProblemKind {
     Leak,
     /// Counted in [`Report::check_errors`].
     CheckError,
+    /// Counted in [`Report::overlaps`].
+    Overlap,
 }
 
 impl Report {
     /// Whether there is nothing to say.
     pub fn is_clean(&self) -> bool {
-        self.corruptions == 0 && self.leaks == 0 && self.check_errors == 0
+        self.is_sound() && self.leaks == 0
+    }
+
+    /// Whether nothing is wrong but that space is lost.
+    pub fn is_sound(&self) -> bool {
+        self.corruptions == 0 && self.check_errors == 0 && self.overlaps == 0
     }
 
     /// Counts `count` problems of one kind.
@@ -67,6 +77,7 @@ impl Report {
             ProblemKind::Corruption => &mut self.corruptions,
             ProblemKind::Leak => &mut self.leaks,
             ProblemKind::CheckError => &mut self.check_errors,
+            ProblemKind::Overlap => &mut self.overlaps,
         };
         *counter += count;
         match self.problems.len() < MAX_PROBLEMS {
@@ -86,6 +97,7 @@ impl fmt::Display for Problem {
             ProblemKind::Corruption => "corruption",
             ProblemKind::Leak => "leak",
             ProblemKind::CheckError => "check error",
+            ProblemKind::Overlap => "overlap",
         };
         write!(f, "{kind}: {}", self.what)
     }
@@ -112,8 +124,9 @@ impl fmt::Display for Report {
             true => writeln!(f, "no errors")?,
             false => writeln!(
                 f,
-                "{}, {}, {}",
+                "{}, {}, {}, {}",
                 counted(self.corruptions, "corruption"),
+                counted(self.overlaps, "overlap"),
                 counted(self.leaks, "leaked cluster"),
                 counted(self.check_errors, "check error")
             )?,
@@ -167,7 +180,7 @@ mod tests {
         let text = report.to_string();
         assert!(text.starts_with(
             "corruption: the L1 table is at 0x200\nleak: clusters 5 and 6\nrepaired: 0 \
-             corruptions, 1 leaked cluster\n1 corruption, 2 leaked clusters, 0 check errors\n"
+             corruptions, 1 leaked cluster\n1 corruption, 0 overlaps, 2 leaked clusters, 0 check errors\n"
         ));
     }
 

@@ -30,19 +30,24 @@ pub(in super::super) enum BlockPlace {
 }
 
 impl Stored {
+    /// Nothing at all.
+    pub(in super::super) fn none(header: &Header) -> Stored {
+        Stored {
+            table: Vec::new(),
+            refcounts: Refcounts::default(),
+            unreadable: BTreeSet::new(),
+            block_bits: Geometry::of(header).refcount_block_bits(),
+        }
+    }
+
     /// Reads the refcount table and all of its blocks.
     pub(in super::super) fn read(file: &File, header: &Header) -> Result<Stored, CheckError> {
         let geometry = Geometry::of(header);
         let table_len = u64::from(header.refcount_table_clusters) << header.cluster_bits;
         let mut table = vec![0; table_len as usize];
         io::read_padded(file, header.refcount_table_offset, &mut table)?;
-        let table: Vec<u64> = table.chunks(8).map(|entry| be64(entry, 0)).collect();
-        let mut stored = Stored {
-            table,
-            refcounts: Refcounts::default(),
-            unreadable: BTreeSet::new(),
-            block_bits: geometry.refcount_block_bits(),
-        };
+        let mut stored = Stored::none(header);
+        stored.table = table.chunks(8).map(|entry| be64(entry, 0)).collect();
         let mut block = vec![0; header.cluster_size() as usize];
         for index in 0..stored.table.len() {
             match stored.place(geometry, index) {

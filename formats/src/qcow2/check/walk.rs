@@ -3,29 +3,21 @@
 use std::fs::File;
 
 use super::super::Header;
-use super::super::entry::{COMPRESSED, COPIED, Geometry, OFFSET_MASK, ZERO};
+use super::super::entry::{COPIED, Geometry, OFFSET_MASK};
 use super::super::header::be64;
 use super::refcounts::Refcounts;
 use super::report::{ProblemKind, Report};
 use super::stored::Stored;
 use super::{CheckError, io, too_many};
 
-/// Bits of L1 and of standard L2 entries that must be 0.
+/// Bits of L1 entries that must be 0.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 /// How much of an L1 table is read at once.
 const CHUNK: usize = 1 << 20;
 /// How many references to L2 tables are kept until the tables are read.
 const BATCH: usize = 4 << 20;
 /// Bit of a kept reference, which is an offset of a table: it is one of the active L1 table.
-const ACTIVE: u64 = 1;
-
-/// How often L1 tables point to an L2 table.
-#[derive(Clone, Copy)]
-struct Uses {
-    active: u64,
-    all: u64,
-}
+pub(super) const ACTIVE: u64 = 1;
 
 /// The uses of clusters, being counted.
 pub(in super::super) struct Walk<'a> {
@@ -38,12 +30,20 @@ pub(in super::super) struct Walk<'a> {
     pub(in super::super) counted: Refcounts,
     pub(in super::super) stored: &'a Stored,
     pub(in super::super) report: Report,
-    /// The refcount blocks cannot be mended where they are.
+    /// How often L1 tables point to the clusters of L2 tables.
+    pub(in super::super) table_uses: Refcounts,
+    /// How many other tables lie in a cluster.
+    metadata: Refcounts,
+    /// The refcounts cannot be mended where they are.
     pub(in super::super) rebuild: bool,
+    /// Something leads nowhere: what seems to be leaked may be what it meant.
+    pub(in super::super) lost: bool,
+    /// Entries can be mended without a look at refcounts.
+    pub(in super::super) entries: bool,
     /// Offsets of L2 tables, one for each time that an L1 table points to one; with [`ACTIVE`].
-    tables: Vec<u64>,
-    tables_done: u64,
-    progress: &'a mut dyn FnMut(u64, u64),
+    pub(super) tables: Vec<u64>,
+    pub(super) tables_done: u64,
+    pub(super) progress: &'a mut dyn FnMut(u64, u64),
 }
 
 impl<'a> Walk<'a> {
@@ -65,7 +65,11 @@ impl<'a> Walk<'a> {
                 total_clusters: header.size.div_ceil(header.cluster_size()),
                 ..Report::default()
             },
+            table_uses: Refcounts::default(),
+            metadata: Refcounts::default(),
             rebuild: false,
+            lost: false,
+            entries: false,
             tables: Vec::new(),
             tables_done: 0,
             progress,
@@ -87,7 +91,7 @@ impl<'a> Walk<'a> {
         let end = offset.saturating_add(len);
         if end >= self.file_len.saturating_add(self.geometry.cluster_size()) {
             let file_len = self.file_len;
-            self.report.add(ProblemKind::Corruption, times, || {
+            self.astray(times, || {
                 format!(
                     "{} is at {offset:#x} to {end:#x}, the file ends at {file_len:#x}",
                     what()
@@ -114,6 +118,41 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
+    /// Counts a use by a table that is written where it is, of which there is one.
+    pub(super) fn count_table(
+        &mut self,
+        offset: u64,
+        len: u64,
+        what: impl Fn() -> String,
+    ) -> Result<(), CheckError> {
+        self.count(offset, len, 1, what)?;
+        let bits = self.geometry.cluster_bits;
+        for cluster in offset >> bits..offset.saturating_add(len).div_ceil(1 << bits) {
+            if cluster >= self.clusters {
+                break;
+            }
+            let stored = self
+                .metadata
+                .store(cluster, self.metadata.load(cluster) + 1);
+            stored.map_err(|_| too_many())?;
+        }
+        Ok(())
+    }
+
+    /// Whether something is in the way of a table that lies in this cluster.
+    pub(super) fn overlaps(&self, cluster: u64) -> bool {
+        let tables = self.metadata.load(cluster);
+        let uses = self.table_uses.load(cluster);
+        let claims = tables + u64::from(uses > 0);
+        claims > 1 || claims == 1 && self.counted.load(cluster) > tables + uses
+    }
+
+    /// Something leads nowhere.
+    pub(super) fn astray(&mut self, times: u64, what: impl FnOnce() -> String) {
+        self.lost = true;
+        self.report.add(ProblemKind::Corruption, times, what);
+    }
+
     /// Counts an L1 table and the L2 tables of it; what these point to is counted at last, by
     /// [`Walk::count_l2`].
     pub(super) fn count_l1(
@@ -124,7 +163,7 @@ impl<'a> Walk<'a> {
         active: bool,
     ) -> Result<(), CheckError> {
         let len = u64::from(entries) * 8;
-        self.count(offset, len, 1, || format!("the L1 table{name}"))?;
+        self.count_table(offset, len, || format!("the L1 table{name}"))?;
         let mut chunk = vec![0; CHUNK.min(len as usize)];
         let mut done = 0;
         while done < len {
@@ -175,8 +214,12 @@ impl<'a> Walk<'a> {
             format!("the L2 table of {}", at())
         })?;
         if self.geometry.in_cluster(offset) != 0 {
-            self.report
-                .corruption(|| format!("{} is no cluster's start", at()));
+            self.astray(1, || format!("{} is no cluster's start", at()));
+        } else {
+            let cluster = offset >> self.geometry.cluster_bits;
+            let uses = self.table_uses.load(cluster) + 1;
+            let stored = self.table_uses.store(cluster, uses);
+            stored.map_err(|_| too_many())?;
         }
         if active {
             self.check_copied(offset, entry, 1, at);
@@ -189,7 +232,13 @@ impl<'a> Walk<'a> {
     }
 
     /// Checks the flag that says whether a refcount is 1.
-    fn check_copied(&mut self, offset: u64, entry: u64, times: u64, at: impl Fn() -> String) {
+    pub(super) fn check_copied(
+        &mut self,
+        offset: u64,
+        entry: u64,
+        times: u64,
+        at: impl Fn() -> String,
+    ) {
         let stored = match self.stored.load(offset >> self.geometry.cluster_bits) {
             Some(refcount) => refcount,
             None => return,
@@ -197,7 +246,13 @@ impl<'a> Walk<'a> {
         self.check_flag(stored, entry, times, at);
     }
 
-    fn check_flag(&mut self, refcount: u64, entry: u64, times: u64, at: impl Fn() -> String) {
+    pub(super) fn check_flag(
+        &mut self,
+        refcount: u64,
+        entry: u64,
+        times: u64,
+        at: impl Fn() -> String,
+    ) {
         let copied = entry & COPIED != 0;
         if (refcount == 1) != copied {
             self.report.add(ProblemKind::Corruption, times, || {
@@ -210,153 +265,10 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Counts what the L2 tables point to that were met since the last time, each table once
-    /// however many L1 tables share it.
-    pub(super) fn count_l2(&mut self) -> Result<(), CheckError> {
-        let mut tables = std::mem::take(&mut self.tables);
-        tables.sort_unstable();
-        let total = self.tables_done + tables.len() as u64;
-        let mut table = vec![0; self.geometry.cluster_size() as usize];
-        for same in tables.chunk_by(|one, other| one & !ACTIVE == other & !ACTIVE) {
-            (self.progress)(self.tables_done, total);
-            self.tables_done += same.len() as u64;
-            let Some(offset) = same.first().map(|first| first & !ACTIVE) else {
-                continue;
-            };
-            let uses = Uses {
-                active: same.iter().map(|it| it & ACTIVE).sum(),
-                all: same.len() as u64,
-            };
-            match io::read_table(self.file, offset, &mut table) {
-                Ok(false) => continue,
-                Ok(true) => self.l2_table(offset, &table, uses)?,
-                Err(error) => self.unreadable("an L2 table", offset, &error),
-            }
-        }
-        (self.progress)(total, total);
-        tables.clear();
-        self.tables = tables;
-        Ok(())
-    }
-
-    fn unreadable(&mut self, what: &str, offset: u64, error: &std::io::Error) {
+    pub(super) fn unreadable(&mut self, what: &str, offset: u64, error: &std::io::Error) {
+        self.lost = true;
         self.report.add(ProblemKind::CheckError, 1, || {
             format!("{what} at {offset:#x} cannot be read: {error}")
         });
-    }
-
-    fn l2_table(&mut self, table_offset: u64, table: &[u8], uses: Uses) -> Result<(), CheckError> {
-        let size = 1 << self.geometry.l2_entry_bits();
-        let mut contiguous = None;
-        for (index, entry) in table.chunks(size).enumerate() {
-            let bitmap = match self.geometry.extended {
-                true => be64(entry, 8),
-                false => 0,
-            };
-            let entry = be64(entry, 0);
-            if entry == 0 && bitmap == 0 {
-                continue;
-            }
-            let at = || format!("entry {index} of the L2 table at {table_offset:#x}, {entry:#x},");
-            if entry & COMPRESSED != 0 {
-                self.compressed(entry, bitmap, uses, at)?;
-            } else {
-                self.standard(entry, bitmap, uses, &mut contiguous, at)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn corruption(&mut self, uses: Uses, what: impl FnOnce() -> String) {
-        self.report.add(ProblemKind::Corruption, uses.all, what);
-    }
-
-    fn compressed(
-        &mut self,
-        entry: u64,
-        bitmap: u64,
-        uses: Uses,
-        at: impl Fn() -> String,
-    ) -> Result<(), CheckError> {
-        if entry & COPIED != 0 {
-            self.corruption(uses, || {
-                format!("{} is compressed and has the flag COPIED", at())
-            });
-        }
-        if self.geometry.external {
-            self.corruption(uses, || {
-                format!("{} is compressed, but there is a data file", at())
-            });
-            return Ok(());
-        }
-        if bitmap != 0 {
-            self.corruption(uses, || {
-                format!("{} is compressed and has subclusters {bitmap:#x}", at())
-            });
-            return Ok(());
-        }
-        let offset_bits = 62 - (self.geometry.cluster_bits - 8);
-        let offset = entry & ((1 << offset_bits) - 1);
-        let sectors = ((entry & (COMPRESSED - 1)) >> offset_bits) + 1;
-        let len = sectors * 512 - offset % 512;
-        self.report.allocated_clusters += uses.active;
-        self.report.compressed_clusters += uses.active;
-        // They lie anywhere by nature.
-        self.report.fragmented_clusters += uses.active;
-        self.count(offset, len, uses.all, at)
-    }
-
-    fn standard(
-        &mut self,
-        entry: u64,
-        bitmap: u64,
-        uses: Uses,
-        contiguous: &mut Option<u64>,
-        at: impl Fn() -> String,
-    ) -> Result<(), CheckError> {
-        let geometry = self.geometry;
-        if entry & L2_RESERVED != 0 {
-            self.corruption(uses, || format!("{} has reserved bits set", at()));
-        }
-        let offset = entry & OFFSET_MASK;
-        let (allocated, zeroes) = (bitmap as u32, (bitmap >> 32) as u32);
-        // Only in a data file offset 0 is a place for data.
-        if offset == 0 && !(geometry.external && entry & COPIED != 0) {
-            if allocated != 0 {
-                self.corruption(uses, || {
-                    format!("{} has no place, but subclusters {bitmap:#x}", at())
-                });
-            }
-            return Ok(());
-        }
-        if allocated & zeroes != 0 {
-            self.corruption(uses, || {
-                format!(
-                    "{} has subclusters that are both data and zero, {bitmap:#x}",
-                    at()
-                )
-            });
-        }
-        self.report.allocated_clusters += uses.active;
-        if contiguous.is_some_and(|next| next != offset) {
-            self.report.fragmented_clusters += uses.active;
-        }
-        *contiguous = Some(offset + geometry.cluster_size());
-        if geometry.in_cluster(offset) != 0 {
-            let data = match geometry.extended {
-                true => allocated != 0,
-                false => entry & ZERO == 0,
-            };
-            let kind = if data { "data" } else { "kept for zeroes" };
-            self.corruption(uses, || format!("{} ({kind}) is no cluster's start", at()));
-        }
-        if geometry.external {
-            self.check_flag(1, entry, uses.active, at);
-            return Ok(());
-        }
-        if uses.active > 0 {
-            self.check_copied(offset, entry, uses.active, &at);
-        }
-        self.count(offset, geometry.cluster_size(), uses.all, at)
     }
 }

@@ -1,5 +1,7 @@
 //! What the tests of images share: QEMU's tools, which judge them.
 
+pub(super) mod damage;
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::path::Path;
@@ -68,6 +70,14 @@ pub(super) fn qemu_check(image: &Path) -> BTreeMap<String, u64> {
             Some((name.trim_matches('"').to_owned(), value.parse().ok()?))
         })
         .collect()
+}
+
+/// Asserts that the disks of two images read alike.
+pub(super) fn assert_same_disk(one: &Path, other: &Path) {
+    let args = ["compare", "-f", "qcow2", "-F", "qcow2"].map(OsStr::new);
+    let images = [one.as_os_str(), other.as_os_str()];
+    let output = run("qemu-img", &[&args[..], &images].concat());
+    assert!(output.status.success(), "{output:?}");
 }
 
 /// Asserts that QEMU finds nothing wrong with an image.
