@@ -84,7 +84,7 @@ fn zstd_invalid(code: usize) -> io::Error {
 }
 
 /// Compresses clusters one after another, with the memory of the first.
-pub(super) struct Encoder(Encoding);
+pub struct Encoder(Encoding);
 
 enum Encoding {
     Zlib(Box<Compress>),
@@ -92,7 +92,8 @@ enum Encoding {
 }
 
 impl Encoder {
-    pub(super) fn new(compression: Compression) -> io::Result<Encoder> {
+    /// An error of kind [`io::ErrorKind::OutOfMemory`] if there is no memory for it.
+    pub fn new(compression: Compression) -> io::Result<Encoder> {
         Ok(Encoder(match compression {
             Compression::Zlib => {
                 let level = flate2::Compression::default();
@@ -107,7 +108,7 @@ impl Encoder {
 
     /// Compresses a cluster into `to`. Returns the length, or `None` if it does not fit: then
     /// the cluster is better stored as it is.
-    pub(super) fn compress(&mut self, from: &[u8], to: &mut [u8]) -> io::Result<Option<usize>> {
+    pub fn compress(&mut self, from: &[u8], to: &mut [u8]) -> io::Result<Option<usize>> {
         match &mut self.0 {
             Encoding::Zlib(compress) => {
                 compress.reset();

@@ -62,16 +62,6 @@ impl Geometry {
         self.cluster_bits - self.l2_entry_bits()
     }
 
-    /// Which L1 entry describes the guest's `offset`.
-    pub(super) fn l1_index(self, offset: u64) -> u64 {
-        offset >> (self.cluster_bits + self.l2_bits())
-    }
-
-    /// Which entry of its L2 table describes the guest's `offset`.
-    pub(super) fn l2_index(self, offset: u64) -> u64 {
-        (offset >> self.cluster_bits) & ((1 << self.l2_bits()) - 1)
-    }
-
     /// log2 of the number of refcounts in a refcount block.
     pub(super) fn refcount_block_bits(self) -> u32 {
         self.cluster_bits + 3 - self.refcount_order
@@ -309,13 +299,8 @@ mod tests {
     }
 
     #[test]
-    fn indexes_follow_from_the_guest_s_offset() {
-        let offset = (3 << 29) + (5 << 16) + 7;
-        assert_eq!(
-            (STANDARD.l1_index(offset), STANDARD.l2_index(offset)),
-            (3, 5)
-        );
-        assert_eq!(EXTENDED.l1_index(offset), 6);
+    fn sizes_follow_from_the_geometry() {
+        assert_eq!((STANDARD.l2_bits(), EXTENDED.l2_bits()), (13, 12));
         assert_eq!(STANDARD.refcount_block_bits(), 15);
         assert_eq!(STANDARD.max_refcount(), 65535);
         assert_eq!(EXTENDED.subcluster_bits(), 11);

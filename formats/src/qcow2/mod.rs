@@ -41,6 +41,7 @@ use std::fmt;
 use std::io;
 
 pub use check::{CheckError, Problem, ProblemKind, Report, check};
+pub use compressed::Encoder;
 pub use create::{Backing, CreateOptions, DataFile, OPTIONS, Preallocation, create};
 pub use header::{Compression, Header};
 pub use repair::{Repair, repair};
