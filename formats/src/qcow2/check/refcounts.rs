@@ -1,7 +1,7 @@
 //! Refcounts of a whole image in memory: pages that are there only where something is counted,
 //! and only as wide as their largest value.
 
-use std::collections::BTreeMap;
+use std::cell::Cell;
 
 use super::super::refcount;
 
@@ -34,32 +34,51 @@ impl Page {
     }
 }
 
+/// Neighbours are mostly asked for one after another: the page of the last one is found at once.
 #[derive(Default)]
 pub(in super::super) struct Refcounts {
-    pages: BTreeMap<u64, Page>,
+    /// Sorted by their numbers.
+    pages: Vec<(u64, Page)>,
     /// Length of all pages.
     len: usize,
+    /// Where the last page that was asked for is.
+    last: Cell<usize>,
 }
 
 impl Refcounts {
+    /// Where a page is, or would be.
+    fn find(&self, number: u64) -> Result<usize, usize> {
+        let last = self.last.get();
+        if self.pages.get(last).is_some_and(|page| page.0 == number) {
+            return Ok(last);
+        }
+        let found = self.pages.binary_search_by_key(&number, |page| page.0);
+        if let Ok(at) = found {
+            self.last.set(at);
+        }
+        found
+    }
+
     /// The refcount of a cluster.
     pub(in super::super) fn load(&self, cluster: u64) -> u64 {
-        match self.pages.get(&(cluster / PAGE)) {
-            Some(page) => refcount::load(&page.bytes, page.order, (cluster % PAGE) as usize),
-            None => 0,
+        match self.find(cluster / PAGE).map(|at| &self.pages[at].1) {
+            Ok(page) => refcount::load(&page.bytes, page.order, (cluster % PAGE) as usize),
+            Err(_) => 0,
         }
     }
 
     pub(in super::super) fn store(&mut self, cluster: u64, value: u64) -> Result<(), TooMany> {
         let (number, index) = (cluster / PAGE, (cluster % PAGE) as usize);
-        if !self.pages.contains_key(&number) {
-            if value == 0 {
-                return Ok(());
+        let at = match self.find(number) {
+            Ok(at) => at,
+            Err(_) if value == 0 => return Ok(()),
+            Err(at) => {
+                self.take(Page::len(FIRST_ORDER))?;
+                self.pages.insert(at, (number, Page::new(FIRST_ORDER)));
+                at
             }
-            self.take(Page::len(FIRST_ORDER))?;
-            self.pages.insert(number, Page::new(FIRST_ORDER));
-        }
-        let order = self.pages.get(&number).map_or(0, |page| page.order);
+        };
+        let order = self.pages[at].1.order;
         if value > refcount::max(order) {
             let mut wider = order + 1;
             while value > refcount::max(wider) {
@@ -67,17 +86,15 @@ impl Refcounts {
             }
             self.take(Page::len(wider) - Page::len(order))?;
             let mut page = Page::new(wider);
-            if let Some(old) = self.pages.get(&number) {
-                for index in 0..PAGE as usize {
-                    let value = refcount::load(&old.bytes, order, index);
-                    refcount::store(&mut page.bytes, wider, index, value);
-                }
+            let old = &self.pages[at].1;
+            for index in 0..PAGE as usize {
+                let value = refcount::load(&old.bytes, order, index);
+                refcount::store(&mut page.bytes, wider, index, value);
             }
-            self.pages.insert(number, page);
+            self.pages[at].1 = page;
         }
-        if let Some(page) = self.pages.get_mut(&number) {
-            refcount::store(&mut page.bytes, page.order, index, value);
-        }
+        let page = &mut self.pages[at].1;
+        refcount::store(&mut page.bytes, page.order, index, value);
         Ok(())
     }
 
@@ -91,7 +108,7 @@ impl Refcounts {
 
     /// The numbers of the pages that there are, in order.
     pub(in super::super) fn pages(&self) -> impl Iterator<Item = u64> {
-        self.pages.keys().copied()
+        self.pages.iter().map(|page| page.0)
     }
 }
 
