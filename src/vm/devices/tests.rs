@@ -1,5 +1,7 @@
 //! Disks as a VM's file names them: what is wrong with one is shown with its place.
 
+mod qcow2;
+
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};

@@ -7,6 +7,7 @@ mod faults;
 mod lifecycle;
 mod model;
 mod normative;
+mod qcow2;
 mod requests;
 
 use std::path::PathBuf;
