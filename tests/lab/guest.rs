@@ -42,6 +42,17 @@ pub(crate) fn repository() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
+/// A root disk with Debian that nothing writes: where the cases run in an outer machine, not the one that
+/// configs/debian has there.
+pub(crate) fn debian_base() -> PathBuf {
+    let folder = repository().join("configs/debian");
+    let base = folder.join("base.img");
+    match base.exists() {
+        true => base,
+        false => folder.join("root.img"),
+    }
+}
+
 /// The `launcher` under test.
 pub(crate) fn launcher() -> PathBuf {
     std::env::var_os(LAUNCHER).map_or_else(

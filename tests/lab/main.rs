@@ -18,8 +18,10 @@ mod console;
 mod disks;
 mod errors;
 mod guest;
+mod kills;
 mod lifecycle;
 mod outer;
+mod qcow2;
 mod runner;
 mod stream;
 
@@ -40,6 +42,8 @@ fn main() -> ExitCode {
         lifecycle::CASES,
         console::CASES,
         errors::CASES,
+        qcow2::CASES,
+        kills::CASES,
     ]
     .concat();
     let cases = options.select(&all);

@@ -14,7 +14,7 @@ use crate::guest;
 
 /// How long a case may take before its guests are killed. Waits inside a case have shorter bounds of their
 /// own; this one is for a case that waits in a way they do not see.
-const CASE_LIMIT: Duration = Duration::from_secs(600);
+const CASE_LIMIT: Duration = Duration::from_secs(1200);
 /// How long a case has to end once its guests are killed.
 const GRACE: Duration = Duration::from_secs(60);
 
