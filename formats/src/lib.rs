@@ -45,6 +45,8 @@ mod ephemeral;
 mod format;
 mod host_file;
 pub mod qcow2;
+#[cfg(any(test, feature = "faults"))]
+mod random;
 mod raw;
 mod ring;
 mod segments;
@@ -60,6 +62,6 @@ pub use format::{
 };
 pub use host_file::{HostFile, Transfer, create_file, sniff};
 #[cfg(any(test, feature = "faults"))]
-pub use ring::{Attempt, Fault, What};
+pub use ring::{Attempt, Effect, Fault, FileId, Recorder, Step, What};
 pub use ring::{Engine, File, Operation, Progress, Ring, Whole};
 pub use segments::Segments;

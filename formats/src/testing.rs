@@ -8,6 +8,7 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
+pub(crate) use crate::random::Random;
 use crate::{Buffer, Disk, Engine, Image, OpenError, Ring, Segments, find};
 
 /// The engines that work here: threads do everywhere.
@@ -168,26 +169,4 @@ static COUNTING: Counting = Counting;
 /// How often this thread has allocated memory.
 pub(crate) fn allocations() -> u64 {
     ALLOCATIONS.get()
-}
-
-/// Marsaglia's xorshift: the same numbers for the same seed.
-pub(crate) struct Random(u64);
-
-impl Random {
-    pub(crate) fn new(seed: u64) -> Self {
-        Random(seed | 1)
-    }
-
-    /// A number below `end`.
-    pub(crate) fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-
-    /// One of `items`.
-    pub(crate) fn of<T: Copy>(&mut self, items: &[T]) -> T {
-        items[self.below(items.len() as u64) as usize]
-    }
 }

@@ -25,7 +25,7 @@ enum Backend {
 pub(super) struct Inner {
     backend: RefCell<Backend>,
     pool: RefCell<Option<Pool>>,
-    table: RefCell<Table>,
+    pub(super) table: RefCell<Table>,
     pub(super) tasks: Tasks,
     ready: Arc<Ready>,
     /// Results to be dispatched; those that were found without the engine among them.
@@ -37,6 +37,8 @@ pub(super) struct Inner {
     pub(super) progress: RefCell<Option<OnProgress>>,
     #[cfg(any(test, feature = "faults"))]
     pub(super) faults: RefCell<Option<super::faults::Faults>>,
+    #[cfg(any(test, feature = "faults"))]
+    pub(super) recorder: RefCell<Option<super::Recorder>>,
 }
 
 impl Inner {
@@ -64,6 +66,8 @@ impl Inner {
             progress: RefCell::default(),
             #[cfg(any(test, feature = "faults"))]
             faults: RefCell::default(),
+            #[cfg(any(test, feature = "faults"))]
+            recorder: RefCell::default(),
         })
     }
 

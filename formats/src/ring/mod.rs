@@ -7,6 +7,8 @@ mod inner;
 mod op;
 mod operation;
 mod pool;
+#[cfg(any(test, feature = "faults"))]
+mod recorder;
 mod shortcut;
 mod table;
 mod tasks;
@@ -27,6 +29,8 @@ use std::time::Duration;
 pub use faults::{Attempt, Fault, What};
 pub use file::File;
 pub use operation::{Operation, Whole};
+#[cfg(any(test, feature = "faults"))]
+pub use recorder::{Effect, FileId, Recorder, Step};
 
 use crate::Segments;
 use inner::{Inner, Scope};
@@ -98,6 +102,12 @@ impl Ring {
     #[cfg(any(test, feature = "faults"))]
     pub fn inject(&self, faults: impl FnMut(&Attempt) -> Option<Fault> + 'static) {
         *self.0.faults.borrow_mut() = Some(Box::new(faults));
+    }
+
+    /// From now on `recorder` witnesses every operation.
+    #[cfg(any(test, feature = "faults"))]
+    pub fn record(&self, recorder: &Recorder) {
+        *self.0.recorder.borrow_mut() = Some(recorder.clone());
     }
 
     /// Adds a task, which [`Ring::block_on`] runs. It is dropped when the outermost `block_on`

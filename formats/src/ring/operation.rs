@@ -12,8 +12,10 @@ use super::table::Token;
 /// is first polled. Dropped early, it goes on, and the ring keeps its memory.
 #[must_use = "an operation begins when it is awaited"]
 pub struct Operation {
-    ring: Ring,
+    pub(super) ring: Ring,
     token: Option<Token>,
+    #[cfg(any(test, feature = "faults"))]
+    pub(super) watch: super::recorder::Watch,
 }
 
 impl Operation {
@@ -21,14 +23,13 @@ impl Operation {
         Operation {
             ring,
             token: Some(token),
+            #[cfg(any(test, feature = "faults"))]
+            watch: Default::default(),
         }
     }
-}
 
-impl Future for Operation {
-    type Output = io::Result<usize>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+    /// Begins the operation, or looks whether it is complete.
+    pub(super) fn advance(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let Some(token) = self.token else {
             return Poll::Ready(Err(io::Error::other("polled after its completion")));
         };
@@ -37,6 +38,24 @@ impl Future for Operation {
             self.token = None;
         }
         result
+    }
+
+    /// Looks at what is asked for, as long as it is not complete.
+    #[cfg(any(test, feature = "faults"))]
+    pub(super) fn with_request<T>(&self, look: impl FnOnce(&super::op::Request) -> T) -> Option<T> {
+        let mut table = self.ring.0.table.borrow_mut();
+        table.request(self.token?).map(|request| look(request))
+    }
+}
+
+impl Future for Operation {
+    type Output = io::Result<usize>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        #[cfg(any(test, feature = "faults"))]
+        return super::recorder::poll(&mut self, cx);
+        #[cfg(not(any(test, feature = "faults")))]
+        self.advance(cx)
     }
 }
 
