@@ -40,6 +40,9 @@
 //! ```
 
 mod buffer;
+#[cfg(any(test, feature = "faults"))]
+#[doc(hidden)]
+pub mod conformance;
 mod disk;
 mod ephemeral;
 mod format;
