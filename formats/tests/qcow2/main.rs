@@ -3,6 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod cross;
 mod differential;
 mod harness;
 mod power_cuts;
