@@ -181,7 +181,10 @@ fn run_point(
         let sample = (number + point.seed).is_multiple_of(cuts.sample.max(1));
         states
             .look(&recording, &cut, number, sample)
-            .map_err(|error| format!("state {number}, {cut:?}: {error}"))?;
+            .map_err(|error| {
+                let steps = recording.describe(&cut);
+                format!("state {number}, {cut:?}: {error}\n    the last steps were{steps}")
+            })?;
     }
     scene.below_is_untouched()
 }

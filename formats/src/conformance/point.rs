@@ -186,7 +186,7 @@ impl Point {
             block_size,
             huge,
             shrinks: random.chance(40) && snapshots == 0,
-            overlap: random.chance(30),
+            overlap: random.chance(50),
             in_flight: random.of(&[1, 4, 16, 32, 32]),
             delays: random.chance(75),
         }

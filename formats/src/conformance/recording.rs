@@ -167,6 +167,33 @@ impl Recording {
         files
     }
 
+    /// The last steps before a power cut, for who looks for what went wrong.
+    pub fn describe(&self, cut: &Cut) -> String {
+        let mut lines = String::new();
+        for file in &self.files {
+            let horizon = file.horizon(cut);
+            let began = file.steps.iter().filter(|step| step.began < cut.time);
+            let last: Vec<_> = began.rev().take(24).collect();
+            for step in last.into_iter().rev() {
+                let what = match &step.effect {
+                    Effect::Write { offset, bytes } => {
+                        format!("write of {:#x} bytes at {offset:#x}", bytes.len())
+                    }
+                    Effect::Zero { offset, len, .. } => format!("{len:#x} zeroes at {offset:#x}"),
+                    other => format!("{other:?}"),
+                };
+                let durable = match is_durable(step, horizon) {
+                    true => ", durable",
+                    false => "",
+                };
+                let (name, began, ended) = (file.name.display(), step.began, step.ended);
+                let ended = ended.map_or("…".into(), |ended| ended.to_string());
+                lines += &format!("\n      {name} {began}-{ended}: {what}{durable}");
+            }
+        }
+        lines
+    }
+
     /// Writes what the files hold after a power cut into another directory.
     pub fn write(&self, cut: &Cut, directory: &Path) -> Result<(), String> {
         for (name, bytes) in self.state(cut) {
@@ -178,17 +205,24 @@ impl Recording {
     }
 }
 
+/// Whether what was over before `horizon` is durable, and this was.
+fn is_durable(step: &Step, horizon: Option<u64>) -> bool {
+    step.ended.is_some_and(|ended| Some(ended) < horizon)
+}
+
 impl Written {
+    /// When the last synchronisation that was over began: it holds for what was over then.
+    fn horizon(&self, cut: &Cut) -> Option<u64> {
+        let over = |step: &&Step| step.ended.is_some_and(|ended| ended < cut.time);
+        let syncs = self.steps.iter().filter(|step| step.effect == Effect::Sync);
+        let syncs = syncs.filter(|step| cut.barriers && over(step));
+        syncs.map(|step| step.began).max()
+    }
+
     fn after(&self, cut: &Cut, random: &mut Random) -> Vec<u8> {
         let began = self.steps.iter().filter(|step| step.began < cut.time);
-        let is_over = |step: &Step| step.ended.is_some_and(|ended| ended < cut.time);
-        // A synchronisation holds for what was over when it began.
-        let horizon = began
-            .clone()
-            .filter(|step| cut.barriers && step.effect == Effect::Sync && is_over(step))
-            .map(|step| step.began)
-            .max();
-        let durable = |step: &Step| step.ended.is_some_and(|ended| Some(ended) < horizon);
+        let horizon = self.horizon(cut);
+        let durable = |step: &Step| is_durable(step, horizon);
         let open = began.clone().filter(|step| !durable(step));
         let open = open.filter(|step| !matches!(step.effect, Effect::None | Effect::Sync));
         let count = open.count() as u64;

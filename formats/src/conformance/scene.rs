@@ -351,9 +351,13 @@ impl Scene {
             false => {
                 let largest = (2 * size).min(64 << 20).max(size);
                 let mut areas = Vec::new();
-                areas.push(0..largest);
-                let width = (6 * cluster).max(64 << 10);
+                // Sometimes a few clusters only, which are freed and used again all the time.
+                if !random.chance(25) {
+                    areas.push(0..largest);
+                }
                 for _ in 0..3 {
+                    // Narrow, so that operations meet in a cluster.
+                    let width = (random.of(&[1, 2, 6]) * cluster).max(8 << 10);
                     let start = random.below(size) / cluster * cluster;
                     areas.push(start..(start + width).min(largest));
                 }
@@ -369,7 +373,7 @@ impl Scene {
             most: (2 * cluster).max(1 << 20),
             areas,
             writes: random.of(&[40, 70, 95]),
-            flushes: random.of(&[5, 30, 100]),
+            flushes: random.of(&[5, 30, 100, 200]),
             reopens: 10,
             resizes: if point.resizes() { 15 } else { 0 },
             shrinks: point.shrinks,

@@ -148,6 +148,18 @@ impl Shared {
         now
     }
 
+    /// The last acts that a sector has seen.
+    fn acts_on(&self, sector: u64) -> Vec<Act> {
+        let touches = |act: &&Act| match &act.what {
+            What::Change { sectors, .. } => sectors.contains(&sector),
+            What::Flush | What::Resize { .. } => true,
+        };
+        let acts = self.acts.borrow();
+        let mut last: Vec<_> = acts.iter().rev().filter(touches).take(8).cloned().collect();
+        last.reverse();
+        last
+    }
+
     /// Compares what was read with what may have been there.
     fn compare(&self, flight: &Flight, before: Option<&[model::Cell]>, found: &[u8]) {
         let mut model = self.model.borrow_mut();
@@ -182,10 +194,12 @@ impl Shared {
                 None if torn.iter().all(|it| *it) => {}
                 None => {
                     return self.fail(format!(
-                        "read of {} sectors at {}: sector {sector} holds {}, expected {now:?}",
+                        "read of {} sectors at {}: sector {sector} holds {}, expected {now:?} \
+                         after {:?}",
                         found.len() as u64 / SECTOR,
                         flight.sectors.start,
                         Value::describe(bytes),
+                        self.acts_on(sector),
                     ));
                 }
             }

@@ -66,6 +66,8 @@ struct Notes {
     keeps: bool,
     steps: Vec<Step>,
     delays: Option<Random>,
+    /// One of so many operations is held back for long.
+    long: u64,
 }
 
 impl Recorder {
@@ -76,6 +78,7 @@ impl Recorder {
             keeps,
             steps: Vec::new(),
             delays: delays.map(Random::new),
+            long: [80, 80, 15][delays.unwrap_or(0) as usize % 3],
         })))
     }
 
@@ -94,11 +97,11 @@ impl Recorder {
     /// How long something is held back.
     fn hold(&self) -> Hold {
         let mut notes = self.0.borrow_mut();
-        let clock = notes.clock;
+        let (clock, long) = (notes.clock, notes.long);
         let Some(random) = &mut notes.delays else {
             return Hold { turns: 0, until: 0 };
         };
-        if random.below(80) == 0 {
+        if random.below(long) == 0 {
             // Long enough for others to be flushed, freed and written elsewhere meanwhile.
             return Hold {
                 turns: 1000,
