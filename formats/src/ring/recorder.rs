@@ -66,7 +66,7 @@ struct Notes {
     keeps: bool,
     steps: Vec<Step>,
     delays: Option<Random>,
-    /// One of so many operations is held back for long.
+    /// One of so many operations is held back for long; 0: none.
     long: u64,
 }
 
@@ -78,7 +78,7 @@ impl Recorder {
             keeps,
             steps: Vec::new(),
             delays: delays.map(Random::new),
-            long: [80, 80, 15][delays.unwrap_or(0) as usize % 3],
+            long: [0, 80, 15][delays.unwrap_or(0) as usize % 3],
         })))
     }
 
@@ -101,7 +101,7 @@ impl Recorder {
         let Some(random) = &mut notes.delays else {
             return Hold { turns: 0, until: 0 };
         };
-        if random.below(long) == 0 {
+        if long > 0 && random.below(long) == 0 {
             // Long enough for others to be flushed, freed and written elsewhere meanwhile.
             return Hold {
                 turns: 1000,
