@@ -157,6 +157,37 @@ impl Desk {
                         }
                     }
                 }
+                let memory = Buffer::zeroed(self.content.len(), 4096).unwrap();
+                let memory = Segments::from_buffer(memory);
+                disk.read(0, memory.clone()).await.unwrap();
+                let mut found = vec![0; memory.len()];
+                memory.copy_to(&mut found);
+                self.same(&found, "before it is closed");
+                disk.close().await.unwrap();
+            },
+            || {},
+        );
+    }
+
+    /// We write once, and read all that there is.
+    #[track_caller]
+    fn written_by_us(&self, offset: u64, byte: u8, len: usize) {
+        let image = self.opened("top.qcow2", &self.backing);
+        let format = formats::find("qcow2").unwrap();
+        let memory = |byte, len| {
+            let segments = Segments::from_buffer(Buffer::zeroed(len, 4096).unwrap());
+            segments.fill(byte);
+            segments
+        };
+        self.ring.block_on(
+            async {
+                let disk = (format.open)(&self.ring, &image).await.unwrap();
+                disk.write(offset, memory(byte, len)).await.unwrap();
+                let all = memory(0xee, self.content.len());
+                disk.read(0, all.clone()).await.unwrap();
+                let mut found = vec![0; all.len()];
+                all.copy_to(&mut found);
+                self.same(&found, "just written");
                 disk.close().await.unwrap();
             },
             || {},
@@ -515,6 +546,34 @@ fn each_of_us_resizes_what_the_other_made() {
             desk.used_by_us();
             desk.agreed(&format!("{options}: used by us at {size}"));
         }
+    }
+}
+
+#[test]
+fn a_file_that_ends_within_a_cluster_is_used_like_any_other() {
+    for (cluster, len) in [
+        (65536, 40_000),
+        (65536, 512),
+        (2 << 20, 777_777),
+        (512, 100),
+    ] {
+        let mut desk = Desk::new(1);
+        let create = format!("create -q -f qcow2 -o cluster_size={cluster}");
+        desk.qemu_img(&format!("{create} top.qcow2 {SIZE}"));
+        desk.qemu_io("top.qcow2", &["write -P 5 0 1k".into()]);
+        desk.content[..1024].fill(5);
+        // Nothing refers to this, so it is where the next cluster goes.
+        let mut bytes = fs::read(desk.at("top.qcow2")).unwrap();
+        let whole = bytes.len().next_multiple_of(cluster as usize);
+        bytes.resize(whole, 0);
+        bytes.extend(std::iter::repeat_n(0xff, len));
+        fs::write(desk.at("top.qcow2"), bytes).unwrap();
+        let (start, end) = (cluster as usize + 1024, cluster as usize + 1024 + 200_000);
+        desk.content[start..end].fill(0x66);
+        desk.written_by_us(start as u64, 0x66, 200_000);
+        desk.agreed(&format!("{cluster}"));
+        desk.used_by_us();
+        desk.agreed(&format!("{cluster}: used by us"));
     }
 }
 
