@@ -4,7 +4,7 @@
 //!
 //! It stands at the one place that all operations pass, so nothing that is written goes past it.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::AsFd;
 use std::rc::Rc;
@@ -68,6 +68,8 @@ struct Notes {
     delays: Option<Random>,
     /// One of so many operations is held back for long; 0: none.
     long: u64,
+    /// Operations that have begun and are not over.
+    flying: u32,
 }
 
 impl Recorder {
@@ -79,6 +81,7 @@ impl Recorder {
             steps: Vec::new(),
             delays: delays.map(Random::new),
             long: [0, 80, 15][delays.unwrap_or(0) as usize % 3],
+            flying: 0,
         })))
     }
 
@@ -99,28 +102,38 @@ impl Recorder {
         let mut notes = self.0.borrow_mut();
         let (clock, long) = (notes.clock, notes.long);
         let Some(random) = &mut notes.delays else {
-            return Hold { turns: 0, until: 0 };
+            return Hold::default();
         };
         if long > 0 && random.below(long) == 0 {
             // Long enough for others to be flushed, freed and written elsewhere meanwhile.
             return Hold {
-                turns: 1000,
+                turns: Cell::new(100),
                 until: clock + random.of(&[20, 60, 200]),
             };
         }
         let most = random.of(&[1, 1, 1, 2, 4, 8, 8, 30]);
         Hold {
-            turns: random.below(most) as u32,
+            turns: Cell::new(random.below(most) as u32),
             until: u64::MAX,
         }
     }
 
-    fn clock(&self) -> u64 {
-        self.0.borrow().clock
+    /// Lets a turn pass, if something is to be held back any more.
+    fn holds(&self, hold: &Hold) -> bool {
+        let notes = self.0.borrow();
+        if hold.turns.get() == 0 || notes.clock >= hold.until {
+            return false;
+        }
+        // Who waits for others does so as long as there are any.
+        if hold.until == u64::MAX || notes.flying == 0 {
+            hold.turns.set(hold.turns.get() - 1);
+        }
+        true
     }
 
     fn begin(&self, request: &Request) -> Option<usize> {
         let began = self.now();
+        self.0.borrow_mut().flying += 1;
         let mut notes = self.0.borrow_mut();
         if !notes.keeps || matches!(request.kind, Kind::Read) {
             return None;
@@ -179,10 +192,11 @@ fn zeroed(mode: i32, offset: u64, len: u64) -> Effect {
     }
 }
 
-/// How long an operation is held back: so many turns of the executor, at most until that time.
-#[derive(Clone, Copy, Debug)]
+/// How long an operation is held back: so many turns of the executor, at most until that time; where
+/// there is one, only turns in which nothing is in flight count.
+#[derive(Debug, Default)]
 pub(super) struct Hold {
-    turns: u32,
+    turns: Cell<u32>,
     until: u64,
 }
 
@@ -219,10 +233,7 @@ pub(super) fn poll(operation: &mut Operation, cx: &mut Context<'_>) -> Poll<io::
                     _ => Watch::Alone,
                 };
             }
-            Watch::Held(hold) | Watch::Over(_, _, hold)
-                if hold.turns > 0 && recorder.clock() < hold.until =>
-            {
-                hold.turns -= 1;
+            Watch::Held(hold) | Watch::Over(_, _, hold) if recorder.holds(hold) => {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
@@ -241,6 +252,9 @@ pub(super) fn poll(operation: &mut Operation, cx: &mut Context<'_>) -> Poll<io::
                         return Poll::Pending;
                     }
                     Poll::Ready(result) => {
+                        let mut notes = recorder.0.borrow_mut();
+                        notes.flying = notes.flying.saturating_sub(1);
+                        drop(notes);
                         operation.watch = Watch::Over(flight, Some(result), recorder.hold());
                     }
                 }
