@@ -16,7 +16,9 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{Result, Workload};
+use crate::Result;
+use crate::qemu::PATTERN;
+use crate::workload::Workload;
 
 /// Size of guest memory: the virtqueues, then the buffers.
 const MEMORY: usize = 64 << 20;
@@ -43,8 +45,13 @@ pub(crate) fn guest_memory() -> Result<Arc<GuestMemory>> {
     let file = FileOffset::new(std::fs::File::from(file), 0);
     let region = (GuestAddress(0), MEMORY, Some(file));
     let memory = GuestMemory::from_ranges_with_files([region])?;
-    memory.write_slice(&vec![0x5a; MEMORY], GuestAddress(0))?;
+    fill(&memory)?;
     Ok(Arc::new(memory))
+}
+
+/// Puts what is to be written where the requests find it.
+pub(crate) fn fill(memory: &GuestMemory) -> Result<()> {
+    Ok(memory.write_slice(&vec![PATTERN; MEMORY], GuestAddress(0))?)
 }
 
 /// The interrupts of the device.

@@ -10,8 +10,9 @@ use io_uring::{IoUring, opcode, squeue, types::Fd};
 use launcher::devices::GuestMemory;
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use crate::Result;
 use crate::driver::BUFFERS;
-use crate::{Result, Workload};
+use crate::workload::Workload;
 
 /// One ring, one thread, and as much in flight as all virtqueues have.
 pub(crate) struct Plain<'a> {

@@ -1,0 +1,240 @@
+//! One measurement: an image in a known state, somebody who makes the transfers, a time.
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use formats::{Engine, Format, Image};
+use launcher::devices::GuestMemory;
+use launcher::devices::virtio::blk::{Blk, BlkOptions};
+use rustix::fs::{Advice, fadvise};
+
+use crate::driver::{self, Driver};
+use crate::qemu::{Aio, Qemu};
+use crate::rows::{Holds, Row};
+use crate::{Options, Result, direct};
+
+/// Who makes the transfers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// The device, with the format.
+    Device,
+    /// The device, with a raw image.
+    Raw,
+    /// The format's [`formats::Disk`], without a device.
+    Direct,
+    Qemu(Aio),
+}
+
+impl Side {
+    /// Those with a device, and those without one.
+    pub(crate) fn halves(row: &Row) -> [Vec<Side>; 2] {
+        // Linux AIO is for O_DIRECT only.
+        let other = match row.direct {
+            true => Aio::Native,
+            false => Aio::Threads,
+        };
+        let device = match row.flush {
+            None => vec![Side::Device, Side::Raw],
+            // The driver never flushes.
+            Some(_) => Vec::new(),
+        };
+        let disk = vec![Side::Direct, Side::Qemu(Aio::IoUring), Side::Qemu(other)];
+        [device, disk]
+    }
+
+    fn file_name(self, extension: &str) -> String {
+        match self {
+            Side::Device => format!("device.{extension}"),
+            Side::Raw => "raw.img".into(),
+            Side::Direct => format!("direct.{extension}"),
+            Side::Qemu(aio) => format!("qemu-{}.{extension}", aio.name()),
+        }
+    }
+}
+
+/// A format under both its names.
+pub(crate) struct Named {
+    pub(crate) ours: &'static Format,
+    /// QEMU's name for it.
+    pub(crate) qemu: &'static str,
+}
+
+/// One row being measured.
+pub(crate) struct Bench<'a> {
+    pub(crate) options: &'a Options,
+    pub(crate) qemu: &'a Qemu,
+    pub(crate) format: &'a Named,
+    pub(crate) raw: &'a Named,
+    pub(crate) memory: &'a Arc<GuestMemory>,
+    pub(crate) row: &'a Row,
+    pub(crate) directory: &'a Path,
+}
+
+impl Bench<'_> {
+    fn format(&self, side: Side) -> &Named {
+        match side {
+            Side::Raw => self.raw,
+            _ => self.format,
+        }
+    }
+
+    fn base(&self) -> PathBuf {
+        self.directory.join("base.raw")
+    }
+
+    /// The image of a side: the same for all of one format if nothing changes what it holds.
+    pub(crate) fn image(&self, side: Side) -> PathBuf {
+        let side = match (self.row.holds, side) {
+            (Holds::Data, Side::Device | Side::Qemu(_)) => Side::Direct,
+            _ => side,
+        };
+        self.directory.join(side.file_name(self.format(side).qemu))
+    }
+
+    fn create(&self, side: Side) -> Result<()> {
+        let (path, format) = (self.image(side), self.format(side).qemu);
+        if let Err(error) = std::fs::remove_file(&path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            return Err(error.into());
+        }
+        let is_raw = format == self.raw.qemu;
+        let base = self.base();
+        let backing = (self.row.holds == Holds::Backing && !is_raw).then_some(base.as_path());
+        let options = self.options.create.as_deref().filter(|_| !is_raw);
+        let size = self.qemu.image_size(self.row);
+        self.qemu.create(format, &path, size, options, backing)
+    }
+
+    /// Makes what is there before the first run.
+    pub(crate) fn prepare(&self) -> Result<()> {
+        match self.row.holds {
+            Holds::Nothing => {}
+            Holds::Backing => {
+                let (base, raw) = (self.base(), self.raw.qemu);
+                let size = self.qemu.image_size(self.row);
+                self.qemu.create(raw, &base, size, None, None)?;
+                self.fill(raw, &base)?;
+            }
+            Holds::Data => {
+                for side in [Side::Direct, Side::Raw] {
+                    self.create(side)?;
+                    self.fill(self.format(side).qemu, &self.image(side))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn fill(&self, format: &str, path: &Path) -> Result<()> {
+        self.qemu.fill(format, path, self.row.area)?;
+        Ok(File::open(path)?.sync_all()?)
+    }
+
+    /// Nothing waits to be written, and the page cache holds all that is to be read, or nothing.
+    fn settle(&self, path: &Path, read: bool) -> Result<()> {
+        let mut file = File::open(path)?;
+        file.sync_all()?;
+        if self.row.direct {
+            fadvise(&file, 0, None, Advice::DontNeed)?;
+        } else if read {
+            io::copy(&mut file, &mut io::sink())?;
+        }
+        Ok(())
+    }
+
+    /// One measurement, on a fresh image if the row wants that; what it wrote is checked.
+    pub(crate) fn run(&self, side: Side, count: u64) -> Result<Duration> {
+        let (path, format) = (self.image(side), self.format(side));
+        if self.row.holds != Holds::Data {
+            self.create(side)?;
+        }
+        if self.row.holds == Holds::Backing {
+            self.settle(&self.base(), true)?;
+        }
+        // What has just been made is in the page cache; reading the holes would fill it.
+        self.settle(&path, self.row.holds == Holds::Data)?;
+        let time = match side {
+            Side::Device | Side::Raw => self.with_driver(side, |driver| {
+                let start = Instant::now();
+                driver.run(self.row.offsets(count))?;
+                Ok(start.elapsed())
+            })?,
+            Side::Direct => {
+                let image = self.opened(format.ours, &path);
+                direct::run(format.ours, &image, self.row, count)?
+            }
+            Side::Qemu(aio) => self.qemu.bench(format.qemu, &path, self.row, aio, count)?,
+        };
+        if self.row.write {
+            File::open(&path)?.sync_all()?;
+            if format.qemu != self.raw.qemu {
+                self.qemu.check(format.qemu, &path)?;
+            }
+        }
+        Ok(time)
+    }
+
+    /// Fails unless two sides have left the same.
+    pub(crate) fn check_same(&self, one: Side, other: Side) -> Result<()> {
+        let format = |side| self.format(side).qemu;
+        let (one_path, other_path) = (self.image(one), self.image(other));
+        self.qemu
+            .compare((format(one), &one_path), (format(other), &other_path))
+    }
+
+    fn opened(&self, format: &Format, path: &Path) -> Image {
+        let backed = self.row.holds == Holds::Backing && format.name != self.raw.ours.name;
+        Image {
+            path: path.to_owned(),
+            ro: false,
+            sparse: true,
+            o_direct: self.row.direct,
+            block_size: 512,
+            lock: true,
+            size: None,
+            backing: backed.then(|| self.base()).into_iter().collect(),
+            format_written: true,
+            options: Vec::new(),
+        }
+    }
+
+    /// What `work` returns that is given a driver of a side's image.
+    pub(crate) fn with_driver<T>(
+        &self,
+        side: Side,
+        work: impl FnOnce(&mut Driver<'_>) -> Result<T>,
+    ) -> Result<T> {
+        driver::fill(self.memory)?;
+        let format = self.format(side).ours;
+        let mut blk = Blk::open(BlkOptions {
+            ephemeral: false,
+            image: self.opened(format, &self.image(side)),
+            format,
+            id: None,
+            queues: 1,
+            engine: Engine::Auto,
+        })?;
+        let shape = self.row.workload();
+        let mut driver = Driver::new(&mut blk, self.memory, &shape)?;
+        let result = work(&mut driver);
+        drop(driver);
+        blk.close()?;
+        result
+    }
+}
+
+/// Finds the formats to measure.
+pub(crate) fn named(name: &str) -> Result<Named> {
+    // A raw image that is to be allocated by writes must be a thin one.
+    let (ours, qemu) = match name {
+        "raw" => (formats::raw_for(true), "raw"),
+        _ if name.starts_with("qcow2") => (name, "qcow2"),
+        _ => return Err(format!("no format of QEMU is known for `{name}`").into()),
+    };
+    let ours = formats::find(ours).ok_or_else(|| format!("no format `{ours}` in this build"))?;
+    Ok(Named { ours, qemu })
+}
