@@ -29,6 +29,7 @@ impl Half {
             let (mut fastest, mut slowest) = (f64::MAX, 0.0f64);
             for side in sides {
                 let time = bench.run(*side, count)?.as_secs_f64();
+                bench.remove(*side)?;
                 (fastest, slowest) = (fastest.min(time), slowest.max(time));
             }
             let wanted = bench.options.time.as_secs_f64();
@@ -43,10 +44,24 @@ impl Half {
         Ok(Half { count, sides })
     }
 
-    /// Runs each side once; whoever was first is last the next time.
-    fn round(&mut self, bench: &Bench<'_>) -> Result<()> {
+    /// Runs each side once; whoever was first is last the next time. With `compared`, all must
+    /// leave the same on their new images.
+    fn round(&mut self, bench: &Bench<'_>, compared: bool) -> Result<()> {
+        let mut kept = None;
         for (side, times) in &mut self.sides {
             times.push(bench.run(*side, self.count)?);
+            if let Some(kept) = kept {
+                bench.check_same(kept, *side)?;
+            }
+            if compared && kept.is_none() {
+                bench.sync(*side)?;
+                kept = Some(*side);
+            } else {
+                bench.remove(*side)?;
+            }
+        }
+        if let Some(kept) = kept {
+            bench.remove(kept)?;
         }
         if !self.sides.is_empty() {
             self.sides.rotate_left(1);
@@ -101,26 +116,6 @@ impl Half {
     }
 }
 
-/// All who made the same transfers on a new image have left the same.
-fn check_same(bench: &Bench<'_>, halves: [&Half; 2]) -> Result<()> {
-    let like = |half: &Half, one, other| match half.times(other) {
-        Some(_) => bench.check_same(one, other),
-        None => Ok(()),
-    };
-    let [device, disk] = halves;
-    if bench.row.holds == Holds::Data {
-        return Ok(());
-    }
-    // Raw has no backing file.
-    if bench.row.holds == Holds::Nothing {
-        like(device, Side::Device, Side::Raw)?;
-    }
-    for aio in Aio::ALL {
-        like(disk, Side::Direct, Side::Qemu(aio))?;
-    }
-    Ok(())
-}
-
 /// The row of the table.
 fn measure(bench: &Bench<'_>) -> Result<String> {
     bench.prepare()?;
@@ -128,11 +123,8 @@ fn measure(bench: &Bench<'_>) -> Result<String> {
     let mut device = Half::calibrated(bench, &device)?;
     let mut disk = Half::calibrated(bench, &disk)?;
     for round in 0..bench.options.rounds {
-        device.round(bench)?;
-        disk.round(bench)?;
-        if round == 0 {
-            check_same(bench, [&device, &disk])?;
-        }
+        device.round(bench, round == 0)?;
+        disk.round(bench, round == 0)?;
     }
     let row = bench.row;
     let shown = |half: &Half, side| match half.speed(row, side) {

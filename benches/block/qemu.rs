@@ -26,8 +26,6 @@ pub(crate) enum Aio {
 }
 
 impl Aio {
-    pub(crate) const ALL: [Aio; 3] = [Aio::IoUring, Aio::Native, Aio::Threads];
-
     pub(crate) fn name(self) -> &'static str {
         match self {
             Aio::IoUring => "io_uring",

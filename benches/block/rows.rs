@@ -79,8 +79,6 @@ impl Row {
             write.clone(),
             Row {
                 holds: Holds::Nothing,
-                area: 4 * area,
-                step: scattered(4 * area, CLUSTER),
                 ..clusters.clone()
             },
             Row {
