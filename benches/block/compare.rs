@@ -187,9 +187,9 @@ pub(crate) fn tables(options: &Options, disk: &Path) -> Result<()> {
     let qemu = Qemu::find(disk)?;
     let memory = driver::guest_memory()?;
     print_head(options, &qemu);
+    let directory = tempfile::tempdir_in(disk)?;
     let (mut heap, mut failed) = (Vec::new(), 0);
     for (name, row) in &rows {
-        let directory = tempfile::tempdir_in(disk)?;
         let bench = Bench {
             options,
             qemu: &qemu,
@@ -204,6 +204,7 @@ pub(crate) fn tables(options: &Options, disk: &Path) -> Result<()> {
             Err(error) => {
                 failed += 1;
                 println!("| {name:<44} | not measured: {error}");
+                bench.clear()?;
                 continue;
             }
         }

@@ -1,7 +1,7 @@
 //! One measurement: an image in a known state, somebody who makes the transfers, a time.
 
 use std::fs::File;
-use std::io;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use rustix::fs::{Advice, fadvise};
 use crate::driver::{self, Driver};
 use crate::qemu::{Aio, Qemu};
 use crate::rows::{Holds, Row};
-use crate::{Options, Result, direct};
+use crate::{MIB, Options, Result, direct};
 
 /// Who makes the transfers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,52 +81,56 @@ impl Bench<'_> {
         }
     }
 
-    fn base(&self) -> PathBuf {
-        self.directory.join("base.raw")
-    }
-
-    /// The image of a side: the same for all of one format if nothing changes what it holds.
-    pub(crate) fn image(&self, side: Side) -> PathBuf {
-        let side = match (self.row.holds, side) {
-            (Holds::Data, Side::Device | Side::Qemu(_)) => Side::Direct,
-            _ => side,
-        };
-        self.directory.join(side.file_name(self.format(side).qemu))
-    }
-
-    fn create(&self, side: Side) -> Result<()> {
-        let (path, format) = (self.image(side), self.format(side).qemu);
-        let is_raw = format == self.raw.qemu;
-        let base = self.base();
-        let backing = (self.row.holds == Holds::Backing && !is_raw).then_some(base.as_path());
-        let options = self.options.create.as_deref().filter(|_| !is_raw);
+    /// An image full of data, for all rows that use the same size.
+    fn filled(&self, format: &str) -> PathBuf {
         let size = self.qemu.image_size(self.row);
-        self.qemu.create(format, &path, size, options, backing)
+        self.directory.join(format!("filled-{size}.{format}"))
     }
 
-    /// Makes what is there before the first run.
-    pub(crate) fn prepare(&self) -> Result<()> {
+    fn base(&self) -> PathBuf {
+        self.filled(self.raw.qemu)
+    }
+
+    fn image(&self, side: Side) -> PathBuf {
+        let format = self.format(side).qemu;
         match self.row.holds {
-            Holds::Nothing => {}
-            Holds::Backing => {
-                let (base, raw) = (self.base(), self.raw.qemu);
-                let size = self.qemu.image_size(self.row);
-                self.qemu.create(raw, &base, size, None, None)?;
-                self.fill(raw, &base)?;
-            }
-            Holds::Data => {
-                for side in [Side::Direct, Side::Raw] {
-                    self.create(side)?;
-                    self.fill(self.format(side).qemu, &self.image(side))?;
-                }
+            Holds::Data => self.filled(format),
+            _ => self.directory.join(side.file_name(format)),
+        }
+    }
+
+    fn create(&self, format: &str, path: &Path, backing: Option<&Path>) -> Result<()> {
+        let is_raw = format == self.raw.qemu;
+        let options = self.options.create.as_deref().filter(|_| !is_raw);
+        let backing = backing.filter(|_| !is_raw);
+        let size = self.qemu.image_size(self.row);
+        self.qemu.create(format, path, size, options, backing)
+    }
+
+    /// Makes what the row wants to be full of data, unless an earlier one has.
+    pub(crate) fn prepare(&self) -> Result<()> {
+        let formats = match self.row.holds {
+            Holds::Nothing => [].as_slice(),
+            Holds::Backing => &[self.raw.qemu],
+            Holds::Data => &[self.raw.qemu, self.format.qemu],
+        };
+        for format in formats {
+            let path = self.filled(format);
+            if !path.exists() {
+                self.create(format, &path, None)?;
+                self.qemu.fill(format, &path, self.row.area)?;
+                File::open(path)?.sync_all()?;
             }
         }
         Ok(())
     }
 
-    fn fill(&self, format: &str, path: &Path) -> Result<()> {
-        self.qemu.fill(format, path, self.row.area)?;
-        Ok(File::open(path)?.sync_all()?)
+    /// Removes all images: after an error nobody knows what they hold.
+    pub(crate) fn clear(&self) -> Result<()> {
+        for entry in std::fs::read_dir(self.directory)? {
+            std::fs::remove_file(entry?.path())?;
+        }
+        Ok(())
     }
 
     /// Puts what a side wrote on the disk.
@@ -149,7 +153,8 @@ impl Bench<'_> {
         if self.row.direct {
             fadvise(&file, 0, None, Advice::DontNeed)?;
         } else if read {
-            io::copy(&mut file, &mut io::sink())?;
+            let mut buffer = vec![0; MIB];
+            while file.read(&mut buffer)? > 0 {}
         }
         Ok(())
     }
@@ -157,11 +162,14 @@ impl Bench<'_> {
     /// One measurement, on a fresh image if the row wants that; what it wrote is checked.
     pub(crate) fn run(&self, side: Side, count: u64) -> Result<Duration> {
         let (path, format) = (self.image(side), self.format(side));
-        if self.row.holds != Holds::Data {
-            self.create(side)?;
-        }
-        if self.row.holds == Holds::Backing {
-            self.settle(&self.base(), true)?;
+        match self.row.holds {
+            Holds::Data => {}
+            Holds::Nothing => self.create(format.qemu, &path, None)?,
+            Holds::Backing => {
+                let base = self.base();
+                self.create(format.qemu, &path, Some(&base))?;
+                self.settle(&base, true)?;
+            }
         }
         // What has just been made is in the page cache; reading the holes would fill it.
         self.settle(&path, self.row.holds == Holds::Data)?;
