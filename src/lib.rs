@@ -15,3 +15,7 @@ pub mod terminal;
 pub mod vm;
 
 pub use error::{Error, Result};
+
+// A format registers itself where a program names its crate.
+#[cfg(feature = "qcow2-rs")]
+use formats_qcow2_rs as _;

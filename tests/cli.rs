@@ -161,6 +161,30 @@ fn formats_are_listed_for_people_and_for_programs() {
     assert!(!listing.is_empty());
 }
 
+/// Those of a default build are in the reference, which is held to be right; a plug-in vanishes
+/// silently from a build that does not name it.
+#[test]
+fn the_formats_are_those_of_the_reference_and_those_asked_for_by_feature() {
+    let page = include_str!("../docs/vm-toml.md");
+    let (_, section) = page.split_once("\n## Disk formats\n").unwrap();
+    let section = section.split("\n#").next().unwrap();
+    let rows = section.lines().filter_map(|row| row.strip_prefix("| `"));
+    let mut expected: Vec<_> = rows.filter_map(|row| row.split('`').next()).collect();
+    expected.retain(|name| *name != "format");
+    assert!(expected.contains(&"raw"), "{expected:?}");
+    if cfg!(feature = "qcow2-rs") {
+        expected.push("qcow2-rs");
+        expected.sort_unstable();
+    }
+    let (_, out, _) = run(folder(&[]).path(), &["formats", "--json"]);
+    let formats: serde_json::Value = serde_json::from_str(&out).unwrap();
+    let formats = formats.as_array().unwrap().iter();
+    let names: Vec<_> = formats
+        .map(|format| format["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, expected);
+}
+
 #[test]
 fn wrong_usage_exits_2_and_help_exits_0() {
     let folder = folder(&[]);
