@@ -16,6 +16,8 @@ pub(crate) struct Usage {
     pub(crate) l2_tables: u64,
     /// Clusters of data that are written in place.
     pub(crate) data: u64,
+    /// Clusters that are kept for some of the disk that reads as zeroes.
+    pub(crate) kept: u64,
 }
 
 /// The sizes of the crate's caches.

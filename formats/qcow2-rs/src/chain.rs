@@ -14,7 +14,7 @@ use crate::caches::{self, Caches};
 use crate::health::Health;
 use crate::io::{Io, Places};
 use crate::subset;
-use crate::survey::{survey, unreadable};
+use crate::survey::{self, survey, unreadable};
 
 /// The most images that may be based on one another.
 const MOST_IMAGES: usize = 16;
@@ -41,7 +41,9 @@ pub(crate) struct Chain {
 
 /// Opens an image that exists with the backing files that the configuration names.
 pub(crate) async fn open(ring: &Ring, image: &Image) -> Result<Chain, OpenError> {
-    let mut files = vec![read(ring, image).await?];
+    let top = read(ring, image).await?;
+    fits_block_size(image, &top.1).map_err(|error| of(&image.path, error))?;
+    let mut files = vec![top];
     while let Some((parent, at)) = next(image, &files)? {
         let backing = Image {
             path: parent,
@@ -109,18 +111,21 @@ async fn header(file: &HostFile, image: &Image) -> Result<Header, OpenError> {
         key: "path",
     })?;
     subset::check(&header, image.ro)?;
-    let block_size = image.block_size;
-    if !header.size.is_multiple_of(block_size.into()) {
-        return Err(OpenError {
-            message: format!(
-                "`block_size` is {block_size}, but its size is {}, no multiple of that",
-                header.size
-            ),
-            help: None,
-            key: "block_size",
-        });
-    }
     Ok(header)
+}
+
+fn fits_block_size(image: &Image, header: &Header) -> Result<(), OpenError> {
+    let (size, block_size) = (header.size, image.block_size);
+    match size.is_multiple_of(block_size.into()) {
+        true => Ok(()),
+        false => Err(OpenError {
+            message: format!(
+                "`block_size` is {block_size}, but its size is {size}, no multiple of it"
+            ),
+            help: Some("choose a smaller `block_size`".into()),
+            key: "block_size",
+        }),
+    }
 }
 
 /// The backing file of the last image, which the configuration must name, and that image's index.
@@ -218,7 +223,11 @@ async fn link(
 ) -> Result<Link, OpenError> {
     // Before the tables are read: they are refused if they are too many.
     Caches::of(&header, block_bits, None)?;
-    let usage = survey(&file, &header, writable).await?;
+    let mut usage = survey(&file, &header, writable).await?;
+    if writable && usage.kept > 0 {
+        survey::fill_kept(&file, &header).await?;
+        usage = survey(&file, &header, writable).await?;
+    }
     let caches = Caches::of(&header, block_bits, writable.then_some(usage))?;
     // So that no transfer at the end of the file is less than O_DIRECT takes.
     let whole = usage.file << header.cluster_bits;

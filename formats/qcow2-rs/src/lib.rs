@@ -44,7 +44,7 @@ mod survey;
 use std::io::ErrorKind;
 
 use formats::qcow2::{self, CreateOptions};
-use formats::{Disk, Format, Image, OpenError, Ring};
+use formats::{Disk, Format, FormatOption, Image, OpenError, OptionKind, Ring};
 
 use disk::Qcow2Rs;
 
@@ -54,7 +54,13 @@ inventory::submit! {
         extensions: &[],
         description: "qcow2 by the crate qcow2-rs: the plain ones, without discard and resize",
         abilities: &["backing"],
-        options: &[],
+        options: &[FormatOption {
+            name: "cluster_size",
+            kind: OptionKind::Size,
+            default: "\"64KiB\"",
+            doc: "Unit of allocation of a new image: a power of two, 4KiB to 1MiB; by default \
+                  more than 64KiB where the tables of a disk would be too large.",
+        }],
         open: |ring, image| Box::pin(open(ring, image)),
         create,
     }
@@ -74,7 +80,13 @@ fn create(image: &Image) -> Result<(), OpenError> {
             key: "backing",
         });
     }
-    options.cluster_bits = caches::cluster_bits_for(options.size);
+    if image
+        .options
+        .iter()
+        .all(|(name, _)| *name != "cluster_size")
+    {
+        options.cluster_bits = caches::cluster_bits_for(options.size);
+    }
     qcow2::create(&image.path, &options)
 }
 

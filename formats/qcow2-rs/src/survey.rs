@@ -47,10 +47,67 @@ pub(crate) async fn survey(
         tables.fill(offset, &l2).await?;
         let first = index as u64 * l2_entries;
         for entry in entries(&l2, l2_entries.min(clusters - first)) {
-            usage.data += u64::from(tables.is_data(entry)?);
+            match tables.cluster(entry)? {
+                Cluster::None => {}
+                Cluster::Kept => usage.kept += 1,
+                Cluster::Data => usage.data += 1,
+            }
         }
     }
     Ok(usage)
+}
+
+/// Makes clusters of zeroes of those that are kept for what reads as zeroes. The crate would put
+/// another cluster in the place of one that is kept, and forget it.
+///
+/// Whatever of this a power cut leaves done, the disk has the same bytes.
+pub(crate) async fn fill_kept(file: &HostFile, header: &Header) -> Result<(), OpenError> {
+    let unwritable = |error: io::Error| OpenError {
+        message: format!("it cannot be written: {error}"),
+        help: None,
+        key: OpenError::HOST,
+    };
+    let tables = Tables {
+        file,
+        header,
+        writable: true,
+        end: file.size().next_multiple_of(header.cluster_size()),
+    };
+    let l1_entries = header.l1_entries_for(header.size);
+    let l1 = tables.read(header.l1_table_offset, l1_entries).await?;
+    let l2_entries = header.cluster_size() / 8;
+    let clusters = header.size.div_ceil(header.cluster_size());
+    for (index, entry) in entries(&l1, l1_entries).into_iter().enumerate() {
+        let Some(offset) = tables.l2_table(entry)? else {
+            continue;
+        };
+        let l2 = tables.read(offset, l2_entries).await?;
+        let mapped = l2_entries.min(clusters - index as u64 * l2_entries);
+        let mut changed = false;
+        for (at, entry) in entries(&l2, mapped).into_iter().enumerate() {
+            if let Cluster::Kept = tables.cluster(entry)? {
+                let zeroes = file.write_zeroes(entry & OFFSET, header.cluster_size(), true);
+                zeroes.await.map_err(unwritable)?;
+                l2.slice(at * 8, 8)
+                    .copy_from(&(entry & !ZERO).to_be_bytes());
+                changed = true;
+            }
+        }
+        if changed {
+            file.flush().await.map_err(unwritable)?;
+            file.write(offset, l2).await.map_err(unwritable)?;
+        }
+    }
+    file.flush().await.map_err(unwritable)
+}
+
+/// What an L2 entry says of a cluster of the file.
+enum Cluster {
+    /// There is none.
+    None,
+    /// There is one, but the disk reads as zeroes.
+    Kept,
+    Data,
 }
 
 struct Tables<'a> {
@@ -78,12 +135,12 @@ impl Tables<'_> {
         match entry & OFFSET {
             0 => Ok(None),
             offset if self.is_own(entry, entry & !(COPIED | OFFSET)) => Ok(Some(offset)),
-            _ => Err(damaged("L1", entry)),
+            _ => Err(bad_entry("L1", entry)),
         }
     }
 
-    /// Whether an L2 entry maps data; the alternatives are zeroes and nothing.
-    fn is_data(&self, entry: u64) -> Result<bool, OpenError> {
+    /// The cluster of the file that an L2 entry has, if it may.
+    fn cluster(&self, entry: u64) -> Result<Cluster, OpenError> {
         if entry & COMPRESSED != 0 {
             return Err(beyond("it has compressed clusters".into()));
         }
@@ -94,9 +151,11 @@ impl Tables<'_> {
             0 => entry & COPIED == 0 && reserved == 0,
             _ => self.is_own(entry, reserved),
         };
-        match good && (!zero || self.header.version >= 3) {
-            true => Ok(offset != 0 && !zero),
-            false => Err(damaged("L2", entry)),
+        match (good && (!zero || self.header.version >= 3), offset, zero) {
+            (false, ..) => Err(bad_entry("L2", entry)),
+            (_, 0, _) => Ok(Cluster::None),
+            (_, _, true) => Ok(Cluster::Kept),
+            (_, _, false) => Ok(Cluster::Data),
         }
     }
 
@@ -133,13 +192,16 @@ pub(crate) fn unreadable(error: &io::Error) -> OpenError {
     }
 }
 
-fn damaged(table: &str, entry: u64) -> OpenError {
+fn bad_entry(table: &str, entry: u64) -> OpenError {
+    damaged(&format!(
+        "an {table} entry is {entry:#x}, expected that of a cluster of the file, in use here alone"
+    ))
+}
+
+fn damaged(what: &str) -> OpenError {
     OpenError {
-        message: format!(
-            "it is damaged: an {table} entry is {entry:#x}, expected that of a cluster of the \
-             file, in use here alone"
-        ),
-        help: Some("look at it with `qemu-img check`".into()),
+        message: format!("it is damaged: {what}"),
+        help: Some("make a copy, and see what `qemu-img check` says".into()),
         key: "path",
     }
 }

@@ -101,16 +101,28 @@ fn zeroes_are_written_where_there_is_data_and_only_there() {
 fn zero_clusters_of_qemu_s_read_as_zeroes_and_can_be_written() {
     let lab = Lab::new();
     lab.create("a.qcow2", "cluster_size=64k", "1M");
-    let commands = ["-c", "write -P 9 0 1M", "-c", "write -z -u 64k 128k"];
+    // The first of them keep their clusters.
+    let commands = [
+        "-c",
+        "write -P 9 0 1M",
+        "-c",
+        "write -z 256k 128k",
+        "-c",
+        "write -z -u 64k 128k",
+    ];
     let arguments = [&["-f", "qcow2"], &commands[..], &["a.qcow2"]].concat();
     lab.tool("qemu-io", &arguments);
     let disk = lab.open("a.qcow2");
     let mut expected = vec![9; 1 << 20];
     expected[64 << 10..][..128 << 10].fill(0);
+    expected[256 << 10..][..128 << 10].fill(0);
     assert!(lab.read(&*disk, 0, 1 << 20) == expected);
-    lab.write(&*disk, 100 * KIB, &[7; 512]);
-    expected[100 << 10..][..512].fill(7);
+    for offset in [100 << 10, 300 << 10] {
+        lab.write(&*disk, offset, &[7; 512]);
+        expected[offset as usize..][..512].fill(7);
+    }
     lab.run(disk.close()).unwrap();
+    lab.check("a.qcow2");
     lab.compare("a.qcow2", &expected);
 }
 
