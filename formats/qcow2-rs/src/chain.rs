@@ -14,7 +14,7 @@ use crate::caches::{self, Caches};
 use crate::health::Health;
 use crate::io::{Io, Places};
 use crate::subset;
-use crate::survey::{self, survey, unreadable};
+use crate::survey::{self, count, survey, unreadable};
 
 /// The most images that may be based on one another.
 const MOST_IMAGES: usize = 16;
@@ -224,6 +224,9 @@ async fn link(
     // Before the tables are read: they are refused if they are too many.
     Caches::of(&header, block_bits, None)?;
     let mut usage = survey(&file, &header, writable).await?;
+    if writable {
+        count(&file)?;
+    }
     if writable && usage.kept > 0 {
         survey::fill_kept(&file, &header).await?;
         usage = survey(&file, &header, writable).await?;

@@ -1,9 +1,11 @@
 //! What the L1 and L2 tables of an image hold: whether the crate can do all of it, and how much
 //! is in use (qcow2 specification, "Cluster mapping").
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 
-use formats::qcow2::Header;
+use formats::qcow2::{self, CheckError, Header, ProblemKind};
 use formats::{Buffer, HostFile, OpenError, Segments};
 
 use crate::caches::Usage;
@@ -55,6 +57,33 @@ pub(crate) async fn survey(
         }
     }
     Ok(usage)
+}
+
+/// Refuses an image whose refcounts are not those of what is in use of it: what is counted too
+/// low would be allocated again. What is counted too high is lost space and nothing else.
+pub(crate) fn count(file: &HostFile) -> Result<(), OpenError> {
+    // Opened once more, for it may be open with O_DIRECT, which takes whole blocks only.
+    let path = format!("/proc/self/fd/{}", file.file().as_raw_fd());
+    let file = File::open(path).map_err(|error| unreadable(&error))?;
+    let report = match qcow2::check(&file, &mut |_, _| {}) {
+        Ok(report) => report,
+        Err(CheckError::Io(error)) => return Err(unreadable(&error)),
+        Err(CheckError::Refused(refusal)) => {
+            return Err(OpenError {
+                message: refusal.message,
+                help: refusal.help,
+                key: "path",
+            });
+        }
+    };
+    let mut problems = report.problems.iter();
+    match problems.find(|problem| problem.kind != ProblemKind::Leak) {
+        Some(problem) => Err(damaged(&problem.what)),
+        None if report.corruptions + report.check_errors > 0 => {
+            Err(damaged("it has more leaks than are shown, and corruptions"))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Makes clusters of zeroes of those that are kept for what reads as zeroes. The crate would put

@@ -259,6 +259,19 @@ fn entries_that_point_elsewhere_are_refused() {
 }
 
 #[test]
+fn a_refcount_that_is_too_low_is_refused_and_one_that_is_too_high_is_not() {
+    let lab = Lab::new();
+    let path = lab.create("a.qcow2", "", "1M");
+    lab.tool("qemu-io", &["-f", "qcow2", "-c", "write 0 64k", "a.qcow2"]);
+    // That of the data cluster, in the block that follows the table.
+    patch(&path, 0x20000 + 5 * 2, &[0, 0]);
+    expect(&lab.refused(&image(&path)), "path", "it is damaged");
+    patch(&path, 0x20000 + 5 * 2, &[0, 1]);
+    patch(&path, 0x20000 + 6 * 2, &[0, 1]);
+    lab.try_open(&image(&path)).map(drop).unwrap();
+}
+
+#[test]
 fn anything_in_the_first_bytes_is_an_error_or_an_image() {
     let lab = Lab::new();
     let path = lab.create("a.qcow2", "", "1M");
