@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::Instant;
 
 use super::alloc::Alloc;
@@ -124,7 +125,13 @@ async fn load(ring: &Ring, image: &Image, file: HostFile) -> Result<Qcow2, OpenE
     let data = open_data_file(ring, image, &header)?;
     let backing = open_backing(ring, image, &header).await?;
     if header.has(incompatible::DIRTY) && !image.ro {
-        header = recount(&file).map_err(refused)?;
+        let (counted, len) = recount(&file).map_err(refused)?;
+        header = counted;
+        // Takes notice of what was added for new refcounts.
+        let len = len.next_multiple_of(file.alignment().into());
+        if len > file.size() && !file.is_device() {
+            file.resize(len).await.map_err(unreadable)?;
+        }
     }
     let (l1, refcount_table, places) = tables(&file, &header)
         .await
@@ -208,11 +215,29 @@ fn damaged() -> Refusal {
 }
 
 /// Counts all references anew where the last writer had postponed that.
-fn recount(_: &HostFile) -> Result<Header, Refusal> {
-    Err(
-        Refusal::new("it was not closed by its last writer, who had postponed refcounts")
-            .help("repair it with `qemu-img check -r all`"),
-    )
+/// Returns the header as it is then, and the length of the file.
+fn recount(file: &HostFile) -> Result<(Header, u64), Refusal> {
+    let failed = |error: &dyn std::fmt::Display| {
+        Refusal::new(format!("its refcounts could not be counted anew: {error}"))
+            .help("make a copy, and repair it with `qemu-img check -r all`")
+    };
+    // The same file, under the same lock, but without O_DIRECT.
+    let same = format!("/proc/self/fd/{}", file.file().as_fd().as_raw_fd());
+    let plain = std::fs::File::options().read(true).write(true).open(same);
+    let plain = plain.map_err(|error| failed(&error))?;
+    super::repair::repair(&plain, super::repair::Repair::All, &mut |_, _| {})
+        .map_err(|error| failed(&error))?;
+    let mut bytes = vec![0; MAX_HEADER];
+    let len = std::os::unix::fs::FileExt::read_at(&plain, &mut bytes, 0)
+        .map_err(|error| failed(&error))?;
+    let header = Header::parse(&bytes[..len])?;
+    match header.has(incompatible::DIRTY) || header.has(incompatible::CORRUPT) {
+        true => Err(damaged()),
+        false => {
+            let len = plain.metadata().map_err(|error| failed(&error))?.len();
+            Ok((header, len))
+        }
+    }
 }
 
 /// Checks what the clusters must be for this file.

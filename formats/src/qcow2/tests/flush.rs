@@ -138,3 +138,24 @@ fn a_cluster_is_not_handed_out_again_while_a_read_of_it_is_in_flight() {
     run(&ring, disk.close()).unwrap();
     check(&path);
 }
+
+#[test]
+fn an_image_whose_refcounts_were_postponed_has_them_counted_when_it_is_opened() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let disk = open(&ring, "qcow2", &new_image(&path, 64 * MIB, &[])).unwrap();
+    write(&ring, &*disk, MIB, &[1; 4096]);
+    run(&ring, disk.close()).unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    // The dirty bit, and a refcount block that knows of nothing.
+    bytes[79] |= 1;
+    let block = u64::from_be_bytes(bytes[65536..][..8].try_into().unwrap()) as usize;
+    bytes[block..block + 65536].fill(0);
+    std::fs::write(&path, &bytes).unwrap();
+    let disk = open(&ring, "qcow2", &image(&path)).unwrap();
+    assert_eq!(read(&ring, &*disk, MIB, 4096), [1; 4096]);
+    write(&ring, &*disk, 2 * MIB, &[2; 4096]);
+    run(&ring, disk.close()).unwrap();
+    check(&path);
+}
