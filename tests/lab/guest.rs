@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::hang;
 use crate::stream::{Missed, Stream};
 
 /// Environment variable: the folder of kernel and guests. Set where the cases are to run right here.
@@ -266,7 +267,10 @@ impl Vm {
                 self.at = at;
                 before
             }
-            Err(Missed::Late) => panic!("no {text:?} on the console within {PATIENCE:?}"),
+            Err(Missed::Late) => {
+                let doing = hang::describe(self.id());
+                panic!("no {text:?} on the console within {PATIENCE:?}\n{doing}")
+            }
             Err(Missed::Ended) => {
                 let code = self.exit();
                 panic!("launcher ended with {code} before {text:?} was on the console")

@@ -1,6 +1,6 @@
 //! The lab: real Linux guests, booted by the built `launcher`.
 //!
-//! `cargo test --test lab [-- [FILTER]… [--list] [--exact] [--skip FILTER] [--test-threads N]]`
+//! `cargo test --test lab [-- [FILTER]… [--list] [--exact] [--skip FILTER] [--test-threads N] [--repeat N]]`
 //!
 //! Where the host's KVM boots a stock kernel the cases run right here. Elsewhere this same program is
 //! carried into one outer machine (`scripts/outer`) and runs all of them there; its lines are passed on as
@@ -18,6 +18,7 @@ mod console;
 mod disks;
 mod errors;
 mod guest;
+mod hang;
 mod kills;
 mod lifecycle;
 mod outer;
@@ -47,7 +48,7 @@ fn main() -> ExitCode {
     ]
     .concat();
     let cases = options.select(&all);
-    let filtered = all.len() - cases.len();
+    let filtered = all.len().saturating_sub(cases.len());
     if options.list {
         for case in &cases {
             println!("{}: test", case.name);

@@ -45,12 +45,17 @@ pub(crate) struct Options {
     skip: Vec<String>,
     exact: bool,
     pub(crate) list: bool,
+    /// How often each case is run, to look for what goes wrong only now and then.
+    repeat: usize,
     pub(crate) threads: Option<usize>,
 }
 
 impl Options {
     pub(crate) fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self, String> {
-        let mut options = Options::default();
+        let mut options = Options {
+            repeat: 1,
+            ..Options::default()
+        };
         while let Some(argument) = arguments.next() {
             let (flag, mut value) = match argument.split_once('=') {
                 Some((flag, value)) if flag.starts_with("--") => (flag, Some(value.to_owned())),
@@ -66,13 +71,8 @@ impl Options {
                 "--exact" => options.exact = true,
                 "--list" => options.list = true,
                 "--skip" => options.skip.push(operand()?),
-                "--test-threads" => {
-                    let threads = operand()?;
-                    let threads = threads
-                        .parse()
-                        .map_err(|_| format!("--test-threads {threads}: not a number"))?;
-                    options.threads = Some(threads);
-                }
+                "--test-threads" => options.threads = Some(number(flag, &operand()?)?),
+                "--repeat" => options.repeat = number(flag, &operand()?)?,
                 "--nocapture" | "--no-capture" | "--quiet" | "-q" | "--include-ignored" => {}
                 _ if flag.starts_with('-') => return Err(format!("the lab does not know {flag}")),
                 _ => options.filters.push(argument),
@@ -81,22 +81,31 @@ impl Options {
         Ok(options)
     }
 
+    /// The cases named, in the order of the list; with `--exact` in the order, and as often, as they are named.
     pub(crate) fn select(&self, all: &[Case]) -> Vec<Case> {
-        let matches = |name: &str, filter: &String| {
-            if self.exact {
-                name == filter
-            } else {
-                name.contains(filter.as_str())
-            }
+        let named = |name: &String| all.iter().find(|case| case.name == name).copied();
+        if self.exact && !self.filters.is_empty() {
+            let named: Vec<_> = self.filters.iter().filter_map(named).collect();
+            return named.repeat(self.repeat);
+        }
+        let matches = |case: &Case, filters: &[String]| {
+            let matches = |filter: &String| case.name.contains(filter.as_str());
+            filters.iter().any(matches)
         };
-        all.iter()
-            .filter(|case| {
-                self.filters.is_empty() || self.filters.iter().any(|f| matches(case.name, f))
-            })
-            .filter(|case| !self.skip.iter().any(|f| matches(case.name, f)))
+        let selected: Vec<_> = all
+            .iter()
+            .filter(|case| self.filters.is_empty() || matches(case, &self.filters))
+            .filter(|case| !matches(case, &self.skip))
             .copied()
-            .collect()
+            .collect();
+        selected.repeat(self.repeat)
     }
+}
+
+fn number(flag: &str, value: &str) -> Result<usize, String> {
+    value
+        .parse()
+        .map_err(|_| format!("{flag} {value}: not a number"))
 }
 
 /// What came of a case: its name, how long it took, and what to print if it failed.
