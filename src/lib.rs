@@ -1,10 +1,11 @@
 //! `launcher`: a virtual machine launcher for Linux/KVM. A VM is one TOML file.
 //!
-//! The arrows run one way: `cli` → `vm` → `devices` → the crate `formats`; `config` is plain
+//! The arrows run one way: `cli` → `control`, `vm` → `devices` → the crate `formats`; `config` is plain
 //! data, named by `cli` and `vm`.
 
 pub mod cli;
 pub mod config;
+pub mod control;
 pub mod devices;
 mod error;
 pub mod exit;
