@@ -2,6 +2,7 @@
 
 mod create;
 mod direct;
+mod flush;
 mod lock;
 mod open;
 mod sniff;
@@ -17,6 +18,7 @@ use std::task::{Context, Poll};
 
 use crate::{Buffer, File, Pending, Ring, Segments, Whole};
 use direct::Alignment;
+use flush::Flushes;
 
 pub use create::create_file;
 pub(crate) use open::{Size, text};
@@ -35,6 +37,7 @@ pub struct HostFile {
     direct: Option<Alignment>,
     /// The unit that the host frees, and handles best.
     block: u32,
+    flushes: Flushes,
     /// Zeroes to write where the host cannot make them.
     zeroes: OnceCell<Segments>,
     /// The host has said that it cannot punch holes here.
@@ -65,6 +68,7 @@ impl HostFile {
             kind: Kind::Regular,
             direct: None,
             block: u32::try_from(stat.st_blksize).unwrap_or(4096),
+            flushes: Flushes::new(true),
             zeroes: OnceCell::new(),
             no_punch: Cell::new(false),
             no_zero_range: Cell::new(false),
@@ -154,11 +158,6 @@ impl HostFile {
         }
     }
 
-    /// Makes every completed write durable.
-    pub fn flush(&self) -> Whole {
-        self.ring.fdatasync(&self.file)
-    }
-
     /// Changes the size of a file, or takes notice of that of a block device: then any other
     /// size than the device has is an error of kind [`io::ErrorKind::InvalidInput`].
     pub async fn resize(&self, size: u64) -> io::Result<()> {
@@ -167,6 +166,7 @@ impl HostFile {
         }
         match self.kind {
             Kind::Regular => {
+                self.note_zeroing(self.size(), size);
                 let truncate = move |file: BorrowedFd<'_>| Ok(rustix::fs::ftruncate(file, size)?);
                 self.ring.call(&self.file, truncate).await?;
             }

@@ -11,6 +11,7 @@ use rustix::fs::{FileType, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
 use super::direct::Alignment;
+use super::flush::Flushes;
 use super::{HostFile, Kind, lock};
 use crate::{File, Image, OpenError, Ring};
 
@@ -54,6 +55,7 @@ impl HostFile {
             size: Cell::new(size),
             kind,
             direct,
+            flushes: Flushes::new(direct.is_none()),
             zeroes: OnceCell::new(),
             no_punch: Cell::new(false),
             no_zero_range: Cell::new(false),

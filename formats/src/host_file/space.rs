@@ -51,7 +51,10 @@ impl HostFile {
     /// as the device likes, and no more than its whole sectors.
     pub async fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         match self.kind {
-            Kind::Regular => self.ring.fallocate(&self.file, PUNCH, offset, len).await,
+            Kind::Regular => {
+                self.note_zeroing(offset, offset + len);
+                self.ring.fallocate(&self.file, PUNCH, offset, len).await
+            }
             Kind::Device => {
                 let sector = u64::from(rustix::fs::ioctl_blksszget(&self.file)?);
                 let start = offset.next_multiple_of(sector);
@@ -74,6 +77,7 @@ impl HostFile {
 
     /// Makes a range read as zeroes; with `unmap` its space is freed where the host can do both.
     pub async fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        self.note_zeroing(offset, offset + len);
         // The block layer takes both calls for its devices too, and keeps its cache in step.
         let ways = [
             (unmap, PUNCH, &self.no_punch),

@@ -1,8 +1,10 @@
+use std::cell::Cell;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::process::{Child, Command, Stdio};
+use std::rc::Rc;
 
 use super::*;
 use crate::testing::{bytes, directory, image, is_root, run, segments};
@@ -226,6 +228,125 @@ fn an_allocation_that_cannot_fit_takes_nothing() {
     // A file system may keep a block of its own bookkeeping.
     assert!(meta.blocks() <= before + 16);
     assert_eq!(fs::read(&path).unwrap(), [1; 4096]);
+}
+
+/// An open file whose flushes fail with EIO as long as the cell says so, and how many were tried.
+fn failing_flushes(
+    ring: &Ring,
+    path: &Path,
+    o_direct: bool,
+) -> (HostFile, Rc<Cell<bool>>, Rc<Cell<u32>>) {
+    fs::write(path, vec![1; 1 << 20]).unwrap();
+    let image = Image {
+        o_direct,
+        block_size: 4096,
+        ..image(path)
+    };
+    let host = HostFile::open(ring, &image).unwrap();
+    let (fails, tried) = (Rc::new(Cell::new(true)), Rc::new(Cell::new(0)));
+    let (failing, count) = (Rc::clone(&fails), Rc::clone(&tried));
+    ring.inject(move |attempt| {
+        let sync = attempt.what == crate::What::Sync;
+        count.set(count.get() + u32::from(sync));
+        (sync && failing.get()).then_some(crate::Fault::Errno(libc::EIO))
+    });
+    (host, fails, tried)
+}
+
+#[test]
+fn a_failed_flush_is_the_last_word_about_a_file_that_the_host_caches() {
+    let directory = directory();
+    let path = directory.path().join("a.img");
+    let ring = ring();
+    let (host, fails, tried) = failing_flushes(&ring, &path, false);
+    let first = run(&ring, host.flush()).unwrap_err();
+    fails.set(false);
+    let next = run(&ring, host.flush()).unwrap_err();
+    assert_eq!(tried.get(), 1);
+    for error in [first, next] {
+        let text = error.to_string();
+        assert!(text.contains("Input/output error"), "{text}");
+        assert!(text.contains(&path.display().to_string()), "{text}");
+        assert!(text.ends_with("restart the VM"), "{text}");
+    }
+}
+
+#[test]
+fn with_o_direct_a_flush_that_failed_may_be_tried_again_unless_the_cache_came_into_play() {
+    let directory = directory();
+    let path = directory.path().join("a.img");
+    let ring = ring();
+    let (host, fails, _) = failing_flushes(&ring, &path, true);
+    run(&ring, host.write_zeroes(8192, 65536, true)).unwrap();
+    let error = run(&ring, host.flush()).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    fails.set(false);
+    run(&ring, host.flush()).unwrap();
+    // The start of a block, which the file system zeroes as it likes.
+    run(&ring, host.write_zeroes(8192, 512, false)).unwrap();
+    fails.set(true);
+    run(&ring, host.flush()).unwrap_err();
+    fails.set(false);
+    run(&ring, host.flush()).unwrap_err();
+}
+
+#[test]
+fn of_flushes_at_once_none_succeeds_after_one_that_failed() {
+    let directory = directory();
+    let path = directory.path().join("a.img");
+    let ring = ring();
+    let (host, _fails, tried) = failing_flushes(&ring, &path, false);
+    let host = Rc::new(host);
+    let failed = Rc::new(Cell::new(0));
+    run(&ring, async {
+        for _ in 0..8 {
+            let (host, failed) = (Rc::clone(&host), Rc::clone(&failed));
+            ring.spawn(async move {
+                host.flush().await.unwrap_err();
+                failed.set(failed.get() + 1);
+            });
+        }
+        while Rc::strong_count(&host) > 1 {
+            ring.yield_now().await;
+        }
+    });
+    assert_eq!((failed.get(), tried.get()), (8, 1));
+}
+
+#[test]
+fn flushes_at_once_share_the_one_that_begins_after_they_came() {
+    let directory = directory();
+    let path = directory.path().join("a.img");
+    let ring = ring();
+    let (host, fails, tried) = failing_flushes(&ring, &path, false);
+    fails.set(false);
+    let host = Rc::new(host);
+    run(&ring, async {
+        for _ in 0..8 {
+            let host = Rc::clone(&host);
+            ring.spawn(async move { host.flush().await.unwrap() });
+        }
+        while Rc::strong_count(&host) > 1 {
+            ring.yield_now().await;
+        }
+    });
+    assert_eq!(tried.get(), 2);
+}
+
+#[test]
+fn a_flush_that_is_given_up_half_way_may_have_been_told_of_a_failure() {
+    let directory = directory();
+    let path = directory.path().join("a.img");
+    let ring = Ring::new(crate::Engine::Threads).unwrap();
+    let (host, fails, _) = failing_flushes(&ring, &path, false);
+    fails.set(false);
+    run(&ring, async {
+        let mut flush = Box::pin(host.flush());
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(flush.as_mut().poll(&mut cx).is_pending());
+        drop(flush);
+        host.flush().await.unwrap_err();
+    });
 }
 
 /// A QEMU process that has an image open until it is dropped.

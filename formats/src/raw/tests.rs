@@ -288,15 +288,14 @@ fn a_failed_allocation_leaves_size_and_content_and_no_new_file() {
 fn a_host_fault_is_the_result_of_the_request_and_the_disk_goes_on() {
     for engine in engines() {
         let ring = Ring::new(engine).unwrap();
-        let (_directory, disk) = disk(&ring, "sparse-raw", &[1; 1 << 20]);
         for errno in [libc::EIO, libc::ENOSPC] {
+            let (_directory, disk) = disk(&ring, "sparse-raw", &[1; 1 << 20]);
             ring.inject(move |_| Some(crate::Fault::Errno(errno)));
             let memory = segments(&[2; 4096]);
             let results = run(&ring, async {
                 [
                     disk.read(0, memory.clone()).await,
                     disk.write(0, memory.clone()).await,
-                    disk.flush().await,
                     disk.discard(0, 4096).await,
                     disk.write_zeroes(0, 4096, false).await,
                     disk.write_zeroes(0, 4096, true).await,
@@ -308,6 +307,31 @@ fn a_host_fault_is_the_result_of_the_request_and_the_disk_goes_on() {
             ring.inject(|_| None);
             run(&ring, disk.read(0, memory.clone())).unwrap();
             assert_eq!(bytes(&memory), [1; 4096]);
+            run(&ring, disk.flush()).unwrap();
+        }
+    }
+}
+
+#[test]
+fn no_flush_succeeds_after_one_that_failed() {
+    for engine in engines() {
+        for format in ["raw", "sparse-raw"] {
+            let ring = Ring::new(engine).unwrap();
+            let (_directory, disk) = disk(&ring, format, &[1; 1 << 20]);
+            run(&ring, disk.write(0, segments(&[2; 4096]))).unwrap();
+            ring.inject(|attempt| {
+                let sync = attempt.what == crate::What::Sync;
+                sync.then_some(crate::Fault::Errno(libc::EIO))
+            });
+            run(&ring, disk.flush()).unwrap_err();
+            // The kernel has forgotten all about it.
+            ring.inject(|_| None);
+            run(&ring, disk.write(0, segments(&[3; 4096]))).unwrap();
+            run(&ring, disk.flush()).unwrap_err();
+            let memory = segments(&[0; 4096]);
+            run(&ring, disk.read(0, memory.clone())).unwrap();
+            assert_eq!(bytes(&memory), [3; 4096]);
+            run(&ring, disk.close()).unwrap_err();
         }
     }
 }

@@ -1,11 +1,14 @@
 //! What is written when, and in which order.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::path::Path;
 use std::rc::Rc;
 
 use super::{MIB, check, new_image, read, write};
+use crate::qcow2::testing::qemu_check;
 use crate::testing::{directory, image, open, run, segments};
-use crate::{Attempt, Fault, Ring, What};
+use crate::{Attempt, Disk, Fault, Ring, What};
 
 /// Tells every attempt to write and to synchronise, in order.
 fn watch(ring: &Ring) -> Rc<RefCell<Vec<Attempt>>> {
@@ -85,33 +88,72 @@ fn flushes_at_once_share_one() {
     assert_eq!(shape(&seen), "SS");
 }
 
+/// Flushes new clusters while the write or sync with that number fails; the ring's faults are over
+/// then. Returns the disk, what failed, and the result.
+fn flush_that_fails(
+    ring: &Ring,
+    path: &Path,
+    fail: u32,
+) -> (Box<dyn Disk>, Option<What>, io::Result<()>) {
+    let _ = std::fs::remove_file(path);
+    let disk = open(ring, "qcow2", &new_image(path, 64 * MIB, &[])).unwrap();
+    write(ring, &*disk, MIB, &[1; 4096]);
+    let failed = Rc::new(Cell::new(None));
+    let (found, mut count) = (Rc::clone(&failed), 0);
+    ring.inject(move |attempt| {
+        count += u32::from(matches!(attempt.what, What::Write | What::Sync));
+        let fails = count == fail && found.get().is_none();
+        fails.then(|| {
+            found.set(Some(attempt.what));
+            Fault::Errno(libc::EIO)
+        })
+    });
+    let result = run(ring, disk.flush());
+    ring.inject(|_| None);
+    (disk, failed.get(), result)
+}
+
 #[test]
-fn a_flush_that_failed_is_made_up_for_by_the_next() {
+fn a_flush_whose_write_failed_is_made_up_for_by_the_next() {
     let ring = Ring::new(Default::default()).unwrap();
     let directory = directory();
     let path = directory.path().join("a.qcow2");
-    for fail in 1.. {
-        let _ = std::fs::remove_file(&path);
-        let disk = open(&ring, "qcow2", &new_image(&path, 64 * MIB, &[])).unwrap();
-        write(&ring, &*disk, MIB, &[1; 4096]);
-        let mut count = 0;
-        ring.inject(move |attempt| {
-            let counts = matches!(attempt.what, What::Write | What::Sync);
-            count += u32::from(counts);
-            (counts && count == fail).then_some(Fault::Errno(libc::EIO))
-        });
-        let failed = run(&ring, disk.flush()).is_err();
-        ring.inject(|_| None);
+    for fail in [1, 3, 5] {
+        let (disk, what, result) = flush_that_fails(&ring, &path, fail);
+        assert_eq!(what, Some(What::Write));
+        result.unwrap_err();
         run(&ring, disk.flush()).unwrap();
         // As after the process was killed.
         drop(disk);
         let disk = open(&ring, "qcow2", &image(&path)).unwrap();
         assert_eq!(read(&ring, &*disk, MIB, 4096), [1; 4096]);
         run(&ring, disk.close()).unwrap();
-        if !failed {
-            assert_eq!(fail, 7);
-            break;
-        }
+    }
+    let (_, what, result) = flush_that_fails(&ring, &path, 7);
+    assert_eq!(what, None);
+    result.unwrap();
+}
+
+#[test]
+fn after_a_barrier_that_failed_nothing_is_said_to_be_durable_and_the_image_stays_valid() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    for fail in [2, 4, 6] {
+        let (disk, what, result) = flush_that_fails(&ring, &path, fail);
+        assert_eq!(what, Some(What::Sync));
+        result.unwrap_err();
+        write(&ring, &*disk, 2 * MIB, &[2; 4096]);
+        let error = run(&ring, disk.flush()).unwrap_err();
+        assert!(error.to_string().contains("restart the VM"), "{error}");
+        // The guest still reads what it wrote.
+        assert_eq!(read(&ring, &*disk, MIB, 4096), [1; 4096]);
+        assert_eq!(read(&ring, &*disk, 2 * MIB, 4096), [2; 4096]);
+        run(&ring, disk.close()).unwrap_err();
+        assert_eq!(qemu_check(&path).get("corruptions"), None);
+        let disk = open(&ring, "qcow2", &image(&path)).unwrap();
+        run(&ring, disk.flush()).unwrap();
+        run(&ring, disk.close()).unwrap();
     }
 }
 
