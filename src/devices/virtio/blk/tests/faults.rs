@@ -200,6 +200,28 @@ fn section_5_2_6_2_a_flush_that_fails_on_the_host_is_never_ok() {
 }
 
 #[test]
+fn section_5_2_6_2_after_a_flush_that_failed_none_is_ok_though_the_host_serves_again() {
+    static NO_SYNC: AtomicBool = AtomicBool::new(false);
+    let no_sync = |attempt: &Attempt| {
+        let fails = attempt.what == What::Sync && NO_SYNC.load(Ordering::SeqCst);
+        fails.then_some(Fault::Errno(libc::ENOSPC))
+    };
+    each_engine_on(no_sync, |mut guest| {
+        assert_eq!(guest.write(0, &[1; 512]), status(OK));
+        assert_eq!(guest.flush(), status(OK));
+        NO_SYNC.store(true, Ordering::SeqCst);
+        assert_eq!(guest.write(0, &[2; 512]), status(OK));
+        assert_eq!(guest.flush(), status(IOERR));
+        NO_SYNC.store(false, Ordering::SeqCst);
+        assert_eq!(guest.flush(), status(IOERR));
+        // Still the guest sees all that it wrote, and may go on without a promise.
+        assert_eq!(guest.write(1, &[3; 512]), status(OK));
+        assert_eq!(guest.read(0, 1024).data, [[2; 512], [3; 512]].concat());
+        guest.blk.close().unwrap_err();
+    });
+}
+
+#[test]
 fn short_transfers_are_continued() {
     let three_sectors_and_a_bit = |attempt: &Attempt| {
         matches!(attempt.what, What::Read | What::Write).then_some(Fault::Short(1600))
