@@ -58,7 +58,8 @@ impl Qcow2 {
         self.committed.set(number);
         // Whoever waits for the next commit does not wait for the host to free space.
         drop(held);
-        self.retire().await
+        self.retire().await;
+        Ok(())
     }
 
     /// Leaves a durable image in which nothing is leaked.
@@ -69,6 +70,7 @@ impl Qcow2 {
         }
         self.release_reserved().await?;
         self.commit().await?;
+        self.try_retire().await?;
         let end = self.alloc.borrow_mut().trim() << self.geometry.cluster_bits;
         match end < self.file.size() && !self.file.is_device() {
             true => self.file.resize(end).await,
@@ -191,8 +193,10 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Damage was met: it is marked in the header, from now on nothing is written, and the
-    /// request fails with the error that this returns.
+    /// Damage was met: it is marked in the header, and the request fails with the error that this
+    /// returns. From now on every request that would change the disk is refused, and no cluster is
+    /// freed: what says that it is unused may be what is damaged. What was changed before is still
+    /// committed, for the guest may have been told that it is there.
     pub(super) async fn condemn(&self, damage: Damage) -> io::Error {
         let path = self.file.path().display();
         if !self.condemned.replace(true) {

@@ -7,6 +7,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::task::{Poll, Waker};
 
 /// The epochs in which a request in flight began.
 pub(super) struct Epochs {
@@ -14,6 +16,8 @@ pub(super) struct Epochs {
     counts: RefCell<VecDeque<u32>>,
     /// The number of the first one.
     first: Cell<u64>,
+    /// Those that wait for epochs to be over.
+    waiting: RefCell<Vec<Waker>>,
 }
 
 /// A request in flight.
@@ -27,6 +31,7 @@ impl Default for Epochs {
         Epochs {
             counts: RefCell::new(VecDeque::from([0])),
             first: Cell::new(0),
+            waiting: RefCell::default(),
         }
     }
 }
@@ -58,12 +63,25 @@ impl Epochs {
         epoch < self.first.get()
     }
 
+    /// Waits until all requests that began in `epoch` or before have come to their end.
+    pub(super) async fn over(&self, epoch: u64) {
+        poll_fn(|cx| match self.is_over(epoch) {
+            true => Poll::Ready(()),
+            false => {
+                self.waiting.borrow_mut().push(cx.waker().clone());
+                Poll::Pending
+            }
+        })
+        .await;
+    }
+
     /// Forgets the oldest epochs, as far as they are over.
     fn forget(&self) {
         let mut counts = self.counts.borrow_mut();
         while counts.len() > 1 && counts.front() == Some(&0) {
             counts.pop_front();
             self.first.set(self.first.get() + 1);
+            self.waiting.take().into_iter().for_each(Waker::wake);
         }
     }
 }

@@ -57,6 +57,11 @@ impl Locks {
         held
     }
 
+    /// Whether something is held.
+    pub(super) fn is_held(&self) -> bool {
+        !self.tickets.borrow().is_empty()
+    }
+
     /// For what there is only one of.
     pub(super) async fn only(&self) -> Held<'_> {
         self.lock(0..1).await

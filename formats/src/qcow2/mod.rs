@@ -97,10 +97,10 @@ struct Qcow2 {
     decoded: RefCell<Decoded>,
     epochs: Epochs,
 
-    /// Clusters of the disk whose L2 entries are about to change. Where several of these locks
-    /// are held, they were taken in the order in which they stand here.
-    clusters: Locks,
+    // Where several of these locks are held, they were taken in the order in which they stand.
     resizing: Locks,
+    /// Clusters of the disk whose L2 entries are about to change.
+    clusters: Locks,
     /// L1 entries whose L2 tables are being made.
     tables: Locks,
     /// L2 slices that are being read.
@@ -116,8 +116,10 @@ struct Qcow2 {
     commits_begun: Cell<u64>,
     /// The number of the last commit that succeeded.
     committed: Cell<u64>,
-    /// Damage was met: nothing is written any more.
+    /// Damage was met: the disk is changed no more, and no cluster is freed.
     condemned: Cell<bool>,
+    /// Clusters could not be freed, the last time that was tried.
+    retire_failed: Cell<bool>,
 }
 
 /// The header, and the first bytes of the file, as they are on the host.

@@ -120,7 +120,7 @@ async fn load(ring: &Ring, image: &Image, file: HostFile) -> Result<Qcow2, OpenE
     if header.has(incompatible::CORRUPT) {
         return Err(refused(damaged()));
     }
-    check_geometry(image, &file, &header)?;
+    check_alignment(image, file.alignment().into(), &header)?;
     check_size(image, &header)?;
     let data = open_data_file(ring, image, &header)?;
     let backing = open_backing(ring, image, &header).await?;
@@ -186,6 +186,7 @@ async fn load(ring: &Ring, image: &Image, file: HostFile) -> Result<Qcow2, OpenE
         commits_begun: Cell::new(0),
         committed: Cell::new(0),
         condemned: Cell::new(false),
+        retire_failed: Cell::new(false),
         file,
     };
     let prepared = match disk.complete_files().await {
@@ -240,22 +241,31 @@ fn recount(file: &HostFile) -> Result<(Header, u64), Refusal> {
     }
 }
 
-/// Checks what the clusters must be for this file.
-fn check_geometry(image: &Image, file: &HostFile, header: &Header) -> Result<(), OpenError> {
-    let alignment = u64::from(file.alignment());
-    if header.cluster_size() < alignment {
-        return Err(OpenError {
-            message: format!(
-                "`o_direct` is true, but the clusters of `{}` have {}, and O_DIRECT there takes \
-                 no less than {alignment}",
-                image.path.display(),
-                Size(header.cluster_size()),
-            ),
-            help: Some("set `o_direct = false`".into()),
-            key: "o_direct",
-        });
-    }
-    Ok(())
+/// Checks that tables can be read and written in slices where O_DIRECT takes no less than
+/// `alignment`.
+fn check_alignment(image: &Image, alignment: u64, header: &Header) -> Result<(), OpenError> {
+    let path = image.path.display();
+    let cluster_size = header.cluster_size();
+    let message = if cluster_size < alignment {
+        format!(
+            "`o_direct` is true, but the clusters of `{path}` have {}, and O_DIRECT there takes no \
+             less than {alignment}",
+            Size(cluster_size),
+        )
+    } else if alignment > 1 << SLICE_BITS {
+        format!(
+            "`o_direct` is true, but O_DIRECT on `{path}` takes no less than {alignment}, and the \
+             tables of a qcow2 image are read and written {} at a time",
+            Size(1 << SLICE_BITS),
+        )
+    } else {
+        return Ok(());
+    };
+    Err(OpenError {
+        message,
+        help: Some("set `o_direct = false`".into()),
+        key: "o_direct",
+    })
 }
 
 /// Checks the disk's size against what the configuration asks for.
@@ -474,6 +484,29 @@ impl Qcow2 {
             },
             write_zeroes: writable,
             resize: writable,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qcow2::testing::qemu_create;
+    use crate::testing::{directory, image};
+
+    #[test]
+    fn o_direct_that_takes_more_than_a_slice_or_a_cluster_is_refused() {
+        let directory = directory();
+        let path = directory.path().join("a.qcow2");
+        let image = image(&path);
+        for (cluster_size, most) in [(512, 512), (4096, 4096), (65536, 4096)] {
+            qemu_create(&format!("cluster_size={cluster_size}"), &path, "1M");
+            let header = Header::parse(&std::fs::read(&path).unwrap()).unwrap();
+            check_alignment(&image, 1, &header).unwrap();
+            check_alignment(&image, most, &header).unwrap();
+            let error = check_alignment(&image, 2 * most, &header).unwrap_err();
+            assert_eq!(error.key, "o_direct");
+            assert!(error.message.contains(&(2 * most).to_string()), "{error}");
         }
     }
 }

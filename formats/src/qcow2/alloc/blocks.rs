@@ -42,6 +42,28 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Frees a run whose refcounts were raised but for those of `left`. It is not reserved: the
+    /// blocks that count it may be ahead of the table's place, where they count for nobody else.
+    async fn lower(&self, run: Run, left: Run) {
+        for start in run.start..left.start {
+            if self.set_refcount(start, 0).await.is_err() {
+                // What cannot be freed is leaked.
+                continue;
+            }
+            let (count, zero) = (1, false);
+            self.alloc
+                .borrow_mut()
+                .add_freed(Run { start, count, zero });
+        }
+        if left.count > 0 {
+            let left = Run {
+                zero: false,
+                ..left
+            };
+            self.alloc.borrow_mut().add_freed(left);
+        }
+    }
+
     /// Makes the refcount block for a cluster, if there is none. That of its own cluster may be
     /// missing too. The refcount table is taken to have `ahead` entries, if it has fewer: it is
     /// about to move to where it has.
@@ -107,7 +129,10 @@ impl Qcow2 {
         let entries = clusters * cluster_size / 8;
         let ahead = self.refcount_table.borrow_mut().extend_ahead(entries);
         let mut left = new;
-        self.raise(&mut left, ahead).await?;
+        if let Err(error) = self.raise(&mut left, ahead).await {
+            self.lower(new, left).await;
+            return Err(error);
+        }
         if self.refcount_table.borrow().place() != old {
             // It had to grow further on the way, and has moved.
             self.give_back(new);

@@ -12,6 +12,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use super::entry::OFFSET_MASK;
 
+/// Runs of free clusters that are kept in mind; few enough in tests that they come to it.
+const MOST_FREE: usize = if cfg!(test) { 32 } else { 1 << 16 };
+
 /// Consecutive host clusters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Run {
@@ -36,6 +39,8 @@ pub(super) struct Alloc {
     reserved: VecDeque<Run>,
     /// Nothing refers to them: the number of clusters, and whether they are zeroes.
     free: BTreeMap<u64, (u64, bool)>,
+    /// The first of the free clusters that there was no room for in `free`.
+    forgotten: Option<u64>,
     /// Durably unlinked: free but for their refcounts, and for requests in flight, of that epoch
     /// and before, that may still use them.
     resting: VecDeque<(u64, Run)>,
@@ -59,6 +64,7 @@ impl Alloc {
         Alloc {
             reserved: VecDeque::new(),
             free: BTreeMap::new(),
+            forgotten: None,
             resting: VecDeque::new(),
             unlinked: Vec::new(),
             unlinked_count: 0,
@@ -153,6 +159,46 @@ impl Alloc {
             run.count += count;
         }
         self.free.insert(run.start, (run.count, run.zero));
+        if self.free.len() > MOST_FREE
+            && let Some((start, _)) = self.free.pop_last()
+        {
+            let first = self.forgotten.unwrap_or(start);
+            self.forgotten = Some(first.min(start));
+        }
+    }
+
+    /// Has what was forgotten looked for again; false if nothing was. All clusters that have been
+    /// found and not yet counted must be in `free`: they would be found again.
+    fn recall(&mut self) -> bool {
+        let Some(forgotten) = self.forgotten.take() else {
+            return false;
+        };
+        // What lies further is forgotten as a whole, so that nothing is found twice.
+        let start = match self.looked < self.fresh {
+            true => forgotten.min(self.looked),
+            false => forgotten,
+        };
+        self.free.split_off(&start);
+        self.looked = start;
+        self.fresh = self.fresh.max(self.end);
+        true
+    }
+
+    /// `count` free clusters that lie together.
+    fn take_exactly(&mut self, count: u64) -> Option<Run> {
+        let found = self.free.iter().find(|(_, (has, _))| *has >= count);
+        let (start, (has, zero)) = found.map(|(start, run)| (*start, *run))?;
+        self.free.remove(&start);
+        let mut run = Run {
+            start,
+            count: has,
+            zero,
+        };
+        let taken = run.split_to(count);
+        if run.count > 0 {
+            self.free.insert(run.start, (run.count, zero));
+        }
+        Some(taken)
     }
 
     /// Gives up free clusters at the end; returns how many clusters are left.
@@ -164,5 +210,67 @@ impl Alloc {
             self.end = start;
         }
         self.end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const END: u64 = 1000;
+
+    /// All clusters are known to be in use, but for those of `free`.
+    fn alloc(free: impl IntoIterator<Item = u64>) -> Alloc {
+        let mut alloc = Alloc::new(END, 16, false);
+        alloc.looked = END;
+        for start in free {
+            let (count, zero) = (1, false);
+            alloc.add_freed(Run { start, count, zero });
+        }
+        alloc
+    }
+
+    fn free(alloc: &Alloc) -> Vec<(u64, u64)> {
+        let run = |(start, (count, _)): (&u64, &(u64, bool))| (*start, *count);
+        alloc.free.iter().map(run).collect()
+    }
+
+    #[test]
+    fn neighbours_that_become_free_are_one_run() {
+        let alloc = alloc([4, 6, 5, 9]);
+        assert_eq!(free(&alloc), [(4, 3), (9, 1)]);
+    }
+
+    #[test]
+    fn runs_that_there_is_no_room_for_are_looked_for_again() {
+        let every_other = (0..END).step_by(2);
+        let mut alloc = alloc(every_other.clone());
+        assert_eq!(alloc.free.len(), MOST_FREE);
+        let kept = 2 * MOST_FREE as u64;
+        assert!(alloc.free.keys().copied().eq((0..kept).step_by(2)));
+        assert!(alloc.recall());
+        assert_eq!((alloc.looked, alloc.fresh), (kept, END));
+        // What becomes free there meanwhile is found then.
+        let (start, count, zero) = (kept + 1, 1, false);
+        alloc.add_freed(Run { start, count, zero });
+        assert_eq!(alloc.free.len(), MOST_FREE);
+        assert!(!alloc.recall());
+    }
+
+    #[test]
+    fn what_is_looked_for_again_is_known_no_more() {
+        let mut alloc = alloc([]);
+        // Half of the old clusters are known, and some that have been handed out since.
+        alloc.looked = END / 2;
+        alloc.end = END + 500;
+        let old = (0..20).step_by(2);
+        for start in old.chain((END..END + 500).step_by(2)) {
+            let (count, zero) = (1, true);
+            alloc.add_freed(Run { start, count, zero });
+        }
+        assert_eq!(alloc.free.len(), MOST_FREE);
+        assert!(alloc.recall());
+        assert_eq!((alloc.looked, alloc.fresh), (END / 2, END + 500));
+        assert!(alloc.free.keys().copied().eq((0..20).step_by(2)));
     }
 }

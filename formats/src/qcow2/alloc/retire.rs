@@ -44,12 +44,28 @@ impl Qcow2 {
 
     /// Takes durably unlinked clusters' references away, as soon as no request in flight can use
     /// them any more, and has the host free those that are left without any.
-    pub(in crate::qcow2) async fn retire(&self) -> io::Result<()> {
+    ///
+    /// Nobody's data hangs on this. What fails is logged, once until it succeeds, and tried again
+    /// the next time; what never succeeds is leaked.
+    pub(in crate::qcow2) async fn retire(&self) {
         if self.alloc.borrow().resting.is_empty() {
-            return Ok(());
+            return;
         }
+        let result = self.try_retire().await;
+        let failed = result.is_err();
+        if let Err(error) = result
+            && !self.retire_failed.get()
+        {
+            let path = self.file.path().display();
+            tracing::warn!("clusters of `{path}` that are not in use could not be freed: {error}");
+        }
+        self.retire_failed.set(failed);
+    }
+
+    /// As [`Qcow2::retire`], with the first error; what is left then goes on resting.
+    pub(in crate::qcow2) async fn try_retire(&self) -> io::Result<()> {
         let _held = self.retiring.only().await;
-        loop {
+        while !self.condemned.get() {
             let next = {
                 let mut alloc = self.alloc.borrow_mut();
                 match alloc.resting.front() {
@@ -57,9 +73,7 @@ impl Qcow2 {
                     _ => None,
                 }
             };
-            let Some((epoch, mut run)) = next else {
-                return Ok(());
-            };
+            let Some((epoch, mut run)) = next else { break };
             // What was decompressed from there is not to be found there again.
             self.decoded.borrow_mut().clear();
             if let Err(error) = self.release(&mut run).await {
@@ -69,6 +83,7 @@ impl Qcow2 {
                 return Err(error);
             }
         }
+        Ok(())
     }
 
     /// Takes one reference to each cluster away; those that are done leave the run.

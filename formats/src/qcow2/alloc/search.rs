@@ -33,6 +33,7 @@ impl Qcow2 {
     /// Hands out `count` consecutive clusters for a table. Whoever calls this holds
     /// `allocating`.
     pub(in crate::qcow2) async fn allocate_table(&self, count: u64) -> io::Result<Run> {
+        self.alloc.borrow_mut().recall();
         let run = self.grow_or_find(count).await?;
         self.raise_or_return(run).await?;
         Ok(run)
@@ -55,7 +56,7 @@ impl Qcow2 {
 
     /// Adds up to `most` clusters to those that are reserved.
     async fn reserve(&self, most: u64) -> io::Result<()> {
-        self.retire().await?;
+        self.retire().await;
         let found = match self.find(most).await? {
             Some(run) => run,
             None => match self.grow(most, false).await {
@@ -74,7 +75,7 @@ impl Qcow2 {
             if let Some(run) = self.alloc.borrow_mut().take_free(most) {
                 return Ok(Some(run));
             }
-            if !self.look().await? {
+            if !self.look().await? && !self.alloc.borrow_mut().recall() {
                 break;
             }
         }
@@ -109,39 +110,59 @@ impl Qcow2 {
 
     /// Finds free clusters where the file cannot grow, whatever it takes.
     async fn find_last(&self, most: u64) -> io::Result<Run> {
+        let mut committed = false;
         loop {
             if let Some(run) = self.alloc.borrow_mut().take_free(most) {
                 return Ok(run);
             }
-            if self.look().await? {
+            if self.look().await? || self.alloc.borrow_mut().recall() {
                 continue;
             }
-            if !self.alloc.borrow().has_unlinked() {
+            if !self.reclaim(&mut committed).await? {
                 return Err(Errno::NOSPC.into());
             }
-            self.commit().await?;
         }
+    }
+
+    /// Waits for clusters that are on their way to being free; false if there are none.
+    /// `committed`: a commit that had begun before was waited for.
+    ///
+    /// Whoever calls this holds locks, and waits for requests in flight: these never wait for the
+    /// locks of somebody who allocates, and who allocates is not one of them (see `epochs`).
+    async fn reclaim(&self, committed: &mut bool) -> io::Result<bool> {
+        let resting = self.alloc.borrow().resting.front().map(|(at, _)| *at);
+        if let Some(epoch) = resting
+            && !self.condemned.get()
+        {
+            self.epochs.over(epoch).await;
+            self.try_retire().await?;
+            return Ok(true);
+        }
+        if self.retiring.is_held() {
+            drop(self.retiring.only().await);
+            return Ok(true);
+        }
+        // A commit under way has what was unlinked, and hands it on when it is done.
+        let under_way = self.committing.is_held() && !std::mem::replace(committed, true);
+        if self.alloc.borrow().has_unlinked() || under_way {
+            self.commit().await?;
+            return Ok(true);
+        }
+        Ok(false)
     }
 
     /// Finds `count` free clusters that lie together.
     async fn find_run(&self, count: u64) -> io::Result<Run> {
-        while self.look().await? {}
-        let mut alloc = self.alloc.borrow_mut();
-        let found = alloc.free.iter().find(|(_, (has, _))| *has >= count);
-        let Some((start, (has, zero))) = found.map(|(start, run)| (*start, *run)) else {
-            return Err(Errno::NOSPC.into());
-        };
-        alloc.free.remove(&start);
-        let mut run = Run {
-            start,
-            count: has,
-            zero,
-        };
-        let taken = run.split_to(count);
-        if run.count > 0 {
-            alloc.free.insert(run.start, (run.count, zero));
+        let mut committed = false;
+        loop {
+            while self.look().await? {}
+            if let Some(run) = self.alloc.borrow_mut().take_exactly(count) {
+                return Ok(run);
+            }
+            if !self.reclaim(&mut committed).await? {
+                return Err(Errno::NOSPC.into());
+            }
         }
-        Ok(taken)
     }
 
     /// Clusters at the end of the file: up to `count`, or exactly.

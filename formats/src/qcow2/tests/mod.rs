@@ -12,6 +12,7 @@ mod faults;
 mod flush;
 mod races;
 mod short;
+mod space;
 
 const MIB: u64 = 1 << 20;
 
