@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{self, Path, PathBuf};
 
 use super::header::{Header, incompatible};
 use crate::{Disk, Format, HostFile, Image, OpenError, OptionValue, Ring, find, for_extension};
@@ -39,16 +39,22 @@ pub(super) async fn open_backing(
             );
         }
         (Some(name), None) => {
-            let file = located(&image.path, name);
             return wrong(
                 format!(
                     "`{path}` has the backing file `{}`, which the configuration does not name",
                     Path::new(name).display()
                 ),
-                format!(
-                    "add `backing = \"{}\"` if that is right; after others of its chain, in order",
-                    file.as_deref().unwrap_or(Path::new(name)).display()
-                ),
+                match located(&image.path, name) {
+                    Some(file) => format!(
+                        "add `backing = {}` if that is right; after others of its chain, in order",
+                        quoted(&file)
+                    ),
+                    None => format!(
+                        "that is no file's name: tell the image of a file, `qemu-img rebase -u -b \
+                         FILE -F FORMAT {}`",
+                        absolute(&image.path).display()
+                    ),
+                },
             );
         }
         (Some(name), Some(approved)) => (name, approved),
@@ -64,9 +70,10 @@ pub(super) async fn open_backing(
     }
     if !is_file_named(&image.path, name, approved) {
         let fix = format!(
-            "if the backing file has moved, tell the image: `qemu-img rebase -u -b {} -F {} {path}`",
-            approved.display(),
+            "if the backing file has moved, tell the image: `qemu-img rebase -u -b {} -F {} {}`",
+            absolute(approved).display(),
             header.backing_format.as_deref().unwrap_or("raw"),
+            absolute(&image.path).display(),
         );
         return wrong(
             format!(
@@ -100,7 +107,7 @@ fn backing_format(
         }
     };
     found.ok_or_else(|| {
-        let (path, approved) = (image.path.display(), approved.display());
+        let path = image.path.display();
         OpenError {
             message: match said {
                 Some(name) => format!(
@@ -108,12 +115,15 @@ fn backing_format(
                      this build"
                 ),
                 None => format!(
-                    "`{path}` does not say what format its backing file `{approved}` has, nor \
-                     does that file's name"
+                    "`{path}` does not say what format its backing file `{}` has, nor does that \
+                     file's name",
+                    approved.display()
                 ),
             },
             help: Some(format!(
-                "tell the image: `qemu-img rebase -u -b {approved} -F FORMAT {path}`"
+                "tell the image: `qemu-img rebase -u -b {} -F FORMAT {}`",
+                absolute(approved).display(),
+                absolute(&image.path).display()
             )),
             key: "backing",
         }
@@ -187,12 +197,16 @@ pub(super) fn open_data_file(
         (true, None) => {
             let name = name.unwrap_or(OsStr::new("?"));
             let file = located(&image.path, name);
-            let file = file.as_deref().unwrap_or(Path::new(name)).display();
+            let file = file.unwrap_or_else(|| name.into());
             wrong(
                 format!(
-                    "`{path}` has the data file `{file}`, which the configuration does not name"
+                    "`{path}` has the data file `{}`, which the configuration does not name",
+                    file.display()
                 ),
-                format!("add `data_file = \"{file}\"` to `[block.qcow2]` if that is right"),
+                format!(
+                    "add `data_file = {}` to `[block.qcow2]` if that is right",
+                    quoted(&file)
+                ),
             )
         }
         (true, Some(approved)) => {
@@ -222,6 +236,17 @@ pub(super) fn open_data_file(
             })
         }
     }
+}
+
+/// The path from the root on: a relative one means something else to a configuration, to an image
+/// and to a shell.
+fn absolute(file: &Path) -> PathBuf {
+    path::absolute(file).unwrap_or_else(|_| file.into())
+}
+
+/// A path as the configuration has it, which may lie in any directory.
+fn quoted(file: &Path) -> String {
+    format!("{:?}", absolute(file).to_string_lossy())
 }
 
 /// Where a file is that an image names: relative to the image. `None` for what is no file's name.

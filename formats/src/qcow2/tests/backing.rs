@@ -1,7 +1,7 @@
 //! Backing files and data files: opened only if the configuration names them.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{MIB, check, new_image, read, write};
 use crate::qcow2::testing::{qemu_create, qemu_img};
@@ -36,6 +36,31 @@ fn a_backing_file_that_is_not_named_is_refused_with_the_line_to_add() {
         directory.path().join("base.raw").display()
     );
     assert!(error.help.unwrap().starts_with(&line));
+}
+
+#[test]
+fn the_line_to_add_is_right_wherever_the_configuration_lies() {
+    let directory = directory();
+    let overlay = overlay(directory.path(), "");
+    // The same image, from where the tests run.
+    let here = std::env::current_dir().unwrap();
+    let up: PathBuf = here.components().skip(1).map(|_| "..").collect();
+    let path = up.join(overlay.path.strip_prefix("/").unwrap());
+    assert!(path.is_relative() && path.exists());
+    let backing = Vec::new();
+    let error = refused(
+        "qcow2",
+        &Image {
+            path,
+            backing,
+            ..overlay
+        },
+    );
+    let help = error.help.unwrap();
+    let named = Path::new(help.split('"').nth(1).unwrap());
+    assert!(named.is_absolute(), "{help}");
+    let same = |path: &Path| fs::canonicalize(path).unwrap();
+    assert_eq!(same(named), same(&directory.path().join("base.raw")));
 }
 
 #[test]
