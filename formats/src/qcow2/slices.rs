@@ -9,7 +9,12 @@ use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
 use std::rc::Rc;
 
+use rustix::io::Errno;
+
 use crate::{Buffer, Segments};
+
+/// Where nothing can be written, so many slices and twice as many as are kept may change.
+const SPARE: usize = 64;
 
 /// Slices by number.
 pub(super) struct Slices {
@@ -83,11 +88,15 @@ impl Slices {
         Some(&slice.bytes)
     }
 
-    /// The bytes of a slice, to be changed; `None` if it is not here.
+    /// The bytes of a slice, to be changed; `None` if it is not here. ENOMEM if too many have
+    /// changed and could not be written.
     pub(super) fn bytes_mut(&mut self, number: u64) -> io::Result<Option<&mut [u8]>> {
         let Some(slice) = self.slices.get_mut(&number) else {
             return Ok(None);
         };
+        if !slice.dirty && self.dirty >= 2 * self.most + SPARE {
+            return Err(Errno::NOMEM.into());
+        }
         if Rc::get_mut(&mut slice.bytes).is_none() {
             let mut copy = Buffer::zeroed(self.len, self.len)?;
             copy.copy_from_slice(&slice.bytes);
@@ -226,6 +235,18 @@ mod tests {
         assert_eq!(slices.bytes(3).unwrap()[0], 2);
         slices.settle([3], true);
         assert!(slices.is_dirty());
+    }
+
+    #[test]
+    fn no_more_change_than_there_is_memory_for_though_nothing_can_be_written() {
+        let most = 2 * 4 + SPARE as u64;
+        let mut slices = slices(4, 0..most + 1);
+        for number in 0..most {
+            slices.bytes_mut(number).unwrap().unwrap()[0] = 1;
+        }
+        assert!(slices.bytes_mut(most).is_err());
+        assert!(slices.bytes(most).is_some());
+        slices.bytes_mut(0).unwrap().unwrap()[0] = 2;
     }
 
     #[test]
