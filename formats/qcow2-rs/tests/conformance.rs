@@ -120,7 +120,6 @@ fn cuts<'a>(
         directory: directory.path(),
         admit: &admit,
         again,
-        check: None,
         sample: 4,
         states: 25,
         barriers,

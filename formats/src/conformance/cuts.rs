@@ -2,22 +2,20 @@
 //! valid and holds what was flushed.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fmt::Display;
+use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::differential::{create, parallel, ring};
 use super::point::{DataFile, Point};
-use super::qemu;
+use super::qemu::{self, Found};
 use super::recording::{Cut, Recording};
 use super::scene::{Scene, TOP};
 use super::traffic::{Load, Subject};
 use crate::random::Random;
-use crate::{Buffer, Engine, Format, Image, Recorder, Ring, Segments};
-
-/// Checks an image by itself: corruption is an error, leaked clusters are none.
-pub type Check = fn(&Path) -> Result<(), String>;
+use crate::{Buffer, Engine, Format, Image, Recorder, Ring, Segments, qcow2};
 
 /// What is tested.
 pub struct Cuts<'a> {
@@ -29,9 +27,7 @@ pub struct Cuts<'a> {
     pub admit: &'a (dyn Fn(Point) -> Option<Point> + Sync),
     /// The line that runs one seed again.
     pub again: &'a (dyn Fn(u64) -> String + Sync),
-    /// A check of the engine's own for every state. QEMU checks one of `sample`.
-    pub check: Option<Check>,
-    /// See there.
+    /// Our check looks at every state. QEMU's does at one of so many, and both must agree on it.
     pub sample: u64,
     /// States of each run; 0: one for each event.
     pub states: u64,
@@ -206,9 +202,10 @@ impl State<'_> {
         number: u64,
         sample: bool,
     ) -> Result<(), String> {
-        // Its refcounts are known to be behind until it was opened.
-        if !self.lazy {
-            self.check(sample)?;
+        match self.lazy {
+            // Its refcounts are known to be behind until it was opened.
+            true => drop(self.examine(sample)?),
+            false => self.check(sample)?,
         }
         if sample && !self.lazy {
             self.convert(recording, cut)?;
@@ -226,14 +223,34 @@ impl State<'_> {
         }
     }
 
+    /// Checks the image: leaked clusters are what a power cut may cost.
     fn check(&self, sample: bool) -> Result<(), String> {
-        if let Some(check) = self.cuts.check {
-            check(&self.image.path).map_err(|error| format!("our check: {error}"))?;
+        let (found, said) = self.examine(sample)?;
+        match found.corruptions {
+            0 => Ok(()),
+            _ => Err(format!("it is corrupt: {said}")),
         }
-        match sample {
-            true => qemu::check(&self.scene.directory, TOP).map(drop),
-            false => Ok(()),
+    }
+
+    /// What our check finds, which is what QEMU's does.
+    fn examine(&self, sample: bool) -> Result<(Found, String), String> {
+        let failed = |error: &dyn Display| format!("our check: {error}");
+        let file = File::open(&self.image.path).map_err(|error| failed(&error))?;
+        let report = qcow2::check(&file, &mut |_, _| {}).map_err(|error| failed(&error))?;
+        if report.check_errors + report.overlaps > 0 {
+            return Err(failed(&report));
         }
+        let found = Found {
+            corruptions: report.corruptions,
+            leaks: report.leaks,
+        };
+        if sample {
+            let (theirs, said) = qemu::examine(&self.scene.directory, TOP)?;
+            if theirs != found {
+                return Err(format!("the checks disagree: {said}\nours: {report}"));
+            }
+        }
+        Ok((found, report.to_string()))
     }
 
     /// Lets QEMU read the image.

@@ -16,7 +16,7 @@ mod traffic;
 
 pub use crate::random::Random;
 pub use content::{Content, SECTOR, Value};
-pub use cuts::{Check, Cuts, power_cuts, read};
+pub use cuts::{Cuts, power_cuts, read};
 pub use differential::{Suite, differential, seeds};
 pub use point::{Backing, DataFile, Fit, Point};
 pub use recording::{Cut, Recording};

@@ -69,23 +69,57 @@ pub fn text(output: &Output) -> String {
     String::from_utf8_lossy(&both).trim().to_owned()
 }
 
-/// What `qemu-img check` finds in an image.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Found {
-    /// Nothing.
-    Nothing,
+/// What a check of an image counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// What may have damaged data, or will.
+    pub corruptions: u64,
     /// Clusters that nothing refers to.
-    Leaks,
+    pub leaks: u64,
+}
+
+impl Found {
+    /// Nothing.
+    pub const NOTHING: Found = Found {
+        corruptions: 0,
+        leaks: 0,
+    };
+}
+
+/// What `qemu-img check` finds in an image, which it does not repair, and what it says.
+///
+/// # Errors
+///
+/// It could not check all of it.
+pub fn examine(directory: &Path, image: &str) -> Result<(Found, String), String> {
+    let arguments = ["check", "-f", "qcow2", image];
+    let output = run(directory, "qemu-img", arguments)?;
+    let said = text(&output);
+    let failed = || format!("qemu-img check: {}: {said}", output.status);
+    let count = |what: &str| {
+        let line = said.lines().find_map(|line| line.strip_suffix(what));
+        match line {
+            None | Some("No") => Ok(0),
+            Some(count) => count.parse().map_err(|_| failed()),
+        }
+    };
+    let found = Found {
+        corruptions: count(" errors were found on the image.")?,
+        leaks: count(" leaked clusters were found on the image.")?,
+    };
+    match (output.status.code(), found) {
+        (Some(0), Found::NOTHING) => {}
+        (Some(2), found) if found.corruptions > 0 => {}
+        (Some(3), found) if found.corruptions == 0 && found.leaks > 0 => {}
+        _ => return Err(failed()),
+    }
+    Ok((found, said))
 }
 
 /// Checks an image without repairing it: anything but leaks is an error.
 pub fn check(directory: &Path, image: &str) -> Result<(Found, String), String> {
-    let arguments = ["check", "-f", "qcow2", image];
-    let output = run(directory, "qemu-img", arguments)?;
-    let said = text(&output);
-    match output.status.code() {
-        Some(0) => Ok((Found::Nothing, said)),
-        Some(3) => Ok((Found::Leaks, said)),
-        _ => Err(format!("qemu-img check: {}: {said}", output.status)),
+    match examine(directory, image)? {
+        (found, said) if found.corruptions > 0 => Err(format!("qemu-img check: {said}")),
+        leaks_at_most => Ok(leaks_at_most),
     }
 }

@@ -12,7 +12,7 @@ impl Scene {
     /// Compares everything with what it is to hold, as QEMU sees it.
     pub fn verify(&mut self) -> Result<(), String> {
         let (found, said) = qemu::check(&self.directory, TOP)?;
-        if found != qemu::Found::Nothing {
+        if found != qemu::Found::NOTHING {
             return Err(format!("qemu-img check: {said}"));
         }
         let full = |line: &&str| line.contains("% allocated");

@@ -240,7 +240,7 @@ impl Desk {
         let (found, said) = qemu::check(self.folder.path(), "top.qcow2")
             .unwrap_or_else(|error| panic!("{when}: {error}"));
         assert!(
-            self.leaks || found == qemu::Found::Nothing,
+            self.leaks || found == qemu::Found::NOTHING,
             "{when}: {said}"
         );
         self.qemu_img("convert -f qcow2 -O raw top.qcow2 out");
