@@ -91,7 +91,10 @@ fn of_formats(formats: &[&Format], page: &mut String) {
 fn the_reference_says_what_the_code_says() {
     let mut page = HEAD.to_owned();
     table("The top of the file", KEYS, &mut page);
-    of_formats(&formats::formats().unwrap(), &mut page);
+    // The page is that of the default build, whatever this one is.
+    let mut formats = formats::formats().unwrap();
+    formats.retain(|format| format.name != "qcow2-rs");
+    of_formats(&formats, &mut page);
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/vm-toml.md");
     if std::env::var_os("UPDATE_DOCS").is_some() {
         fs::write(&file, &page).unwrap();
