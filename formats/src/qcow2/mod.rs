@@ -1,10 +1,9 @@
 //! qcow2 images, versions 2 and 3, as QEMU's `docs/interop/qcow2` specifies them.
 //!
-//! The way of a request: [`read`](Qcow2::read_at) and [`write`](Qcow2::write_at) look the
-//! disk's offset up in cached L2 entries (`map`) and go straight to the file. A write to what is
-//! not the disk's own yet gets clusters (`alloc`), which are referred to once the data is
-//! written. Tables stay in memory (`slices`, `table`) until a flush writes them in the order that
-//! keeps the image valid at every instant (`commit`).
+//! The way of a request: `read` and `write` look the disk's offset up in cached L2 entries (`map`)
+//! and go straight to the file. A write to what is not the disk's own yet gets clusters (`alloc`),
+//! which are referred to once the data is written. Tables stay in memory (`slices`, `table`) until
+//! a flush writes them in the order that keeps the image valid at every instant (`commit`).
 
 mod alloc;
 mod backing;
