@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
+use std::path::PathBuf;
 
 use super::*;
 use crate::qcow2::testing::{qemu_check, qemu_create, qemu_io};
@@ -12,6 +13,8 @@ use crate::{Engine, What};
 const UNIT: u64 = 512;
 const SIZE: u64 = 6 * MIB;
 const TASKS: u64 = 8;
+/// Power cuts that are looked at, of all those of a storm.
+const CUTS: u64 = 40;
 /// Units that a request of a task has at most.
 const MOST: u64 = 64;
 
@@ -58,7 +61,7 @@ impl State {
 
 /// A file as the power may have left it.
 struct Cut {
-    bytes: Vec<u8>,
+    path: PathBuf,
     model: Model,
 }
 
@@ -163,17 +166,27 @@ fn storm(options: &str, seed: u64, cache: u64, engine: Engine) {
         busy: vec![false; (SIZE / UNIT) as usize],
         next: 1,
     }));
-    let cuts = Rc::new(RefCell::new(Vec::new()));
+    let cuts = Rc::new(RefCell::new(Vec::<Cut>::new()));
     let (seen, to, file) = (Rc::clone(&state), Rc::clone(&cuts), path.clone());
     let mut base = std::fs::read(&path).unwrap();
     let mut random = Random::new(seed);
+    let mut syncs = 0;
     ring.inject(move |attempt| {
         if attempt.what == What::Sync {
             let now = std::fs::read(&file).unwrap();
-            if random.below(2) == 0 {
-                let bytes = torn(&mut random, &base, &now);
+            // Each is as likely as any other to be one of those that are kept.
+            let place = random.below(syncs + 1);
+            syncs += 1;
+            if syncs <= CUTS || place < CUTS {
+                let place = if syncs <= CUTS { syncs - 1 } else { place };
+                let path = file.with_file_name(format!("cut-{place}.qcow2"));
+                std::fs::write(&path, torn(&mut random, &base, &now)).unwrap();
                 let model = seen.borrow().model.clone();
-                to.borrow_mut().push(Cut { bytes, model });
+                let mut cuts = to.borrow_mut();
+                match cuts.get_mut(place as usize) {
+                    Some(cut) => cut.model = model,
+                    None => cuts.push(Cut { path, model }),
+                }
             }
             base = now;
         }
@@ -197,16 +210,14 @@ fn storm(options: &str, seed: u64, cache: u64, engine: Engine) {
     let cuts = cuts.take();
     assert!(cuts.len() > 3, "{}", cuts.len());
     for (number, cut) in cuts.into_iter().enumerate() {
-        let path = directory.path().join("cut.qcow2");
-        std::fs::write(&path, &cut.bytes).unwrap();
-        let found = qemu_check(&path);
+        let found = qemu_check(&cut.path);
         assert_eq!(found.get("corruptions"), None, "cut {number}: {found:?}");
         assert_eq!(
             found.get("check-errors"),
             Some(&0),
             "cut {number}: {found:?}"
         );
-        verify(&ring, &path, &cut.model);
+        verify(&ring, &cut.path, &cut.model);
     }
 }
 
