@@ -133,6 +133,15 @@ async fn load(ring: &Ring, image: &Image, file: HostFile) -> Result<Qcow2, OpenE
             file.resize(len).await.map_err(unreadable)?;
         }
     }
+    // With O_DIRECT a file does not grow from within a page while requests are in flight there:
+    // the host zeroes the rest of that page in its cache, and what it finds there afterwards is
+    // an error of the next fdatasync(2).
+    let whole = file
+        .size()
+        .next_multiple_of(u64::from(file.block()).max(4096));
+    if image.o_direct && !image.ro && !file.is_device() && whole > file.size() {
+        file.resize(whole).await.map_err(unreadable)?;
+    }
     let (l1, refcount_table, places) = tables(&file, &header)
         .await
         .map_err(unreadable)?

@@ -91,3 +91,36 @@ fn writes_to_one_cluster_at_once_are_all_kept() {
     run(&ring, Rc::into_inner(disk).unwrap().close()).unwrap();
     check(&path);
 }
+
+#[test]
+fn with_o_direct_the_file_has_whole_pages_before_anything_is_in_flight() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let small = [("cluster_size", OptionValue::Number(4096))];
+    let disk = open(&ring, "qcow2", &new_image(&path, MIB, &small)).unwrap();
+    run(&ring, disk.close()).unwrap();
+    let before = std::fs::metadata(&path)
+        .unwrap()
+        .len()
+        .next_multiple_of(4096)
+        + 512;
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len(before).unwrap();
+    let direct = Image {
+        o_direct: true,
+        block_size: 4096,
+        ..image(&path)
+    };
+    match open(&ring, "qcow2", &direct) {
+        Ok(disk) => {
+            let len = std::fs::metadata(&path).unwrap().len();
+            assert!(len > before && len.is_multiple_of(4096), "{len}");
+            write(&ring, &*disk, 0, &[1; 4096]);
+            run(&ring, disk.close()).unwrap();
+        }
+        // Where O_DIRECT takes whole blocks only, so must the file have.
+        Err(error) => assert!(["path", "o_direct"].contains(&error.key), "{error}"),
+    }
+    check(&path);
+}
