@@ -374,9 +374,13 @@ async fn tables(file: &HostFile, header: &Header) -> io::Result<Result<Tables, R
     let l1 = numbers(file, header.l1_table_offset, u64::from(header.l1_size)).await?;
     let offset = header.refcount_table_offset;
     let refcount_table = numbers(file, offset, refcount_table_len / 8).await?;
-    let blocks = [("L2 table", &l1), ("refcount block", &refcount_table)];
-    for (what, table) in blocks {
-        for entry in table.iter().map(|entry| entry & OFFSET_MASK) {
+    // Unlike entries of L1 tables, those of the refcount table have no flags.
+    let blocks = [
+        ("L2 table", &l1, OFFSET_MASK),
+        ("refcount block", &refcount_table, !511),
+    ];
+    for (what, table, mask) in blocks {
+        for entry in table.iter().map(|entry| entry & mask) {
             if entry != 0
                 && let Err(refusal) = add(what, entry, header.cluster_size())
             {

@@ -90,6 +90,17 @@ impl Qcow2 {
     async fn release(&self, run: &mut Run) -> io::Result<()> {
         while run.count > 0 {
             let (at, end) = (run.start, run.start + run.count);
+            // A table has left its place before that is released.
+            if self.places.borrow().overlap(&(at..end)) {
+                run.split_to(run.count);
+                let bits = self.geometry.cluster_bits;
+                let damage = Damage(format!(
+                    "a cluster between {:#x} and {:#x} was in use for data, but holds a table",
+                    at << bits,
+                    end << bits
+                ));
+                return Err(self.condemn(damage).await);
+            }
             let refcount = self.refcount(at).await?;
             if refcount == 0 {
                 run.split_to(1);
