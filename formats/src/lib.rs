@@ -43,6 +43,8 @@ mod buffer;
 #[cfg(any(test, feature = "faults"))]
 #[doc(hidden)]
 pub mod conformance;
+#[cfg(any(test, all(fuzzing, feature = "faults")))]
+mod counting;
 mod disk;
 mod ephemeral;
 mod format;
@@ -57,6 +59,9 @@ mod segments;
 mod testing;
 
 pub use buffer::Buffer;
+#[cfg(all(fuzzing, feature = "faults"))]
+#[doc(hidden)]
+pub use counting::Counting;
 pub use disk::{Disk, Limits, Pending};
 pub use ephemeral::{ephemeral, open_ephemeral};
 pub use format::{

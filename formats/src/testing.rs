@@ -1,13 +1,13 @@
 //! What the tests of this crate share.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use tempfile::TempDir;
 
+use crate::counting::Counting;
+pub(crate) use crate::counting::allocations;
 pub(crate) use crate::random::Random;
 use crate::{Buffer, Disk, Engine, Image, OpenError, Ring, Segments, find};
 
@@ -142,31 +142,5 @@ impl Drop for Loop {
     }
 }
 
-/// The system's allocator, and how often each thread asked it for memory.
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-// SAFETY: everything is left to the system's allocator.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-        // SAFETY: as promised to this function.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: as promised to this function.
-        unsafe { System.dealloc(memory, layout) }
-    }
-}
-
 #[global_allocator]
 static COUNTING: Counting = Counting;
-
-/// How often this thread has allocated memory.
-pub(crate) fn allocations() -> u64 {
-    ALLOCATIONS.get()
-}

@@ -15,6 +15,9 @@ mod create;
 mod entry;
 mod epochs;
 mod full;
+#[cfg(any(test, all(fuzzing, feature = "faults")))]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod header;
 mod join;
 mod locks;
