@@ -16,6 +16,9 @@ use crate::{Fault, Ring, What};
 /// Most operations on the host for one image.
 pub(super) const MAX_OPERATIONS: u64 = 20_000;
 
+/// The most bytes past the end of a file that one operation may write.
+const MAX_GROWTH: u64 = 4 << 20;
+
 /// File names that stand in headers.
 pub(super) struct Names {
     pub(super) backing: String,
@@ -79,9 +82,10 @@ impl Files {
             operations.set(operations.get() + 1);
             let writes = matches!(attempt.what, What::Write | What::Fallocate);
             if writes && attempt.len > 0 {
-                let end = size(&image).max(size(&data)).max(512);
-                // The last cluster of a file may be cut short.
-                if attempt.offset.saturating_add(attempt.len) > end.next_multiple_of(2 << 20) {
+                // The last cluster of a file may be cut short, and a disk that grows is made longer
+                // by what is written there, if it is not to have holes.
+                let end = size(&image).max(size(&data));
+                if attempt.offset.saturating_add(attempt.len) > end + MAX_GROWTH {
                     let mut stray = stray.borrow_mut();
                     stray.get_or_insert(format!("{attempt:?} in a file of {end} bytes"));
                 }

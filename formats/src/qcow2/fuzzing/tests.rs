@@ -68,9 +68,14 @@ fn what_hostile_images_are_made_of_is_sound_in_itself() {
     assert!(kinds >= 14);
 }
 
-/// Which images, and how many: `HOSTILE_FIRST`, `HOSTILE_IMAGES`.
+/// Which images, and how many: `HOSTILE_FIRST`, `HOSTILE_IMAGES`. What the fuzzer has found:
+/// `HOSTILE_FILE`.
 #[test]
 fn a_hostile_image_is_refused_or_used_and_does_no_harm() {
+    if let Some(path) = std::env::var_os("HOSTILE_FILE") {
+        run(&std::fs::read(path).unwrap());
+        return;
+    }
     let number = |name| std::env::var(name).map(|number| number.parse().unwrap());
     let first = number("HOSTILE_FIRST").unwrap_or(0);
     let tally = tally(first..first + number("HOSTILE_IMAGES").unwrap_or(1500));
