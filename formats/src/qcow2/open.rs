@@ -335,6 +335,18 @@ async fn tables(file: &HostFile, header: &Header) -> io::Result<Result<Tables, R
     let refcount_table_len = u64::from(header.refcount_table_clusters) << bits;
     let l1_len = u64::from(header.l1_size) * 8;
     let file_clusters = file.size().div_ceil(header.cluster_size());
+    // First of all: what they are called is forgotten before the large tables take memory.
+    let of_snapshots: Vec<_> = match snapshots(file, header).await? {
+        Ok((snapshots, len)) => {
+            let table = ("snapshot table", header.snapshots_offset, len);
+            let l1_tables = snapshots.iter().map(|snapshot| {
+                let len = u64::from(snapshot.l1_size) * 8;
+                ("snapshot's L1 table", snapshot.l1_table_offset, len)
+            });
+            [table].into_iter().chain(l1_tables).collect()
+        }
+        Err(refusal) => return Ok(Err(refusal)),
+    };
     let mut places = Places::default();
     let mut add = |what: &str, offset: u64, len: u64| {
         // An offset may be any number: that of a snapshot's table is read as it is.
@@ -388,15 +400,6 @@ async fn tables(file: &HostFile, header: &Header) -> io::Result<Result<Tables, R
             }
         }
     }
-    let (snapshots, len) = match snapshots(file, header).await? {
-        Ok(snapshots) => snapshots,
-        Err(refusal) => return Ok(Err(refusal)),
-    };
-    let mut of_snapshots = vec![("snapshot table", header.snapshots_offset, len)];
-    of_snapshots.extend(snapshots.iter().map(|snapshot| {
-        let len = u64::from(snapshot.l1_size) * 8;
-        ("snapshot's L1 table", snapshot.l1_table_offset, len)
-    }));
     for (what, offset, len) in of_snapshots {
         if len > 0
             && let Err(refusal) = add(what, offset, len)

@@ -134,6 +134,18 @@ fn entries(bytes: &[u8], count: u32) -> Result<(Vec<Snapshot>, usize), Unread> {
     Ok((snapshots, offset))
 }
 
+/// What bytes say, with `?` for what is no text: never longer than the bytes, whoever made them.
+fn text(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        if !chunk.invalid().is_empty() {
+            text.push('?');
+        }
+    }
+    text
+}
+
 /// Reads one entry. Returns its length too, without the padding.
 fn entry(bytes: &[u8]) -> Result<(Snapshot, usize), Unread> {
     if bytes.len() < ENTRY {
@@ -158,7 +170,6 @@ fn entry(bytes: &[u8]) -> Result<(Snapshot, usize), Unread> {
         return Err(Unread::TooShort);
     };
     let extra = |offset| (extra.len() >= offset + 8).then(|| be64(extra, offset));
-    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
     let snapshot = Snapshot {
         l1_table_offset: be64(bytes, 0),
         l1_size: be32(bytes, 8),

@@ -7,6 +7,7 @@ use super::super::Header;
 use super::super::entry::{COPIED, OFFSET_MASK};
 use super::super::header::be64;
 use super::*;
+use crate::counting::Held;
 use crate::testing::refused;
 
 /// Creates an image of 1 MiB whose first cluster holds data.
@@ -64,4 +65,51 @@ fn a_refcount_block_far_away_is_refused() {
     put(&path, at, be64(&bytes, at as usize) | COPIED);
     let found = refused("qcow2", &image(&path)).message;
     assert!(found.contains("refcount block at 0x80000000000"), "{found}");
+}
+
+/// Writes a header of version 3 for clusters of 512 bytes: so many entries of the L1 table and
+/// clusters of the refcount table, and what lies where.
+fn header(l1: (u64, u32), refcount_table: (u64, u32), snapshots: (u64, u32)) -> Vec<u8> {
+    let mut bytes = vec![0; 512];
+    bytes[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    bytes[23] = 9;
+    bytes[24..32].copy_from_slice(&(u64::from(l1.1) << 15).to_be_bytes());
+    bytes[36..40].copy_from_slice(&l1.1.to_be_bytes());
+    bytes[40..48].copy_from_slice(&l1.0.to_be_bytes());
+    bytes[48..56].copy_from_slice(&refcount_table.0.to_be_bytes());
+    bytes[56..60].copy_from_slice(&refcount_table.1.to_be_bytes());
+    bytes[60..64].copy_from_slice(&snapshots.1.to_be_bytes());
+    bytes[64..72].copy_from_slice(&snapshots.0.to_be_bytes());
+    bytes[99] = 4;
+    bytes[103] = 112;
+    bytes
+}
+
+/// Opens an image; returns how many bytes of memory that took.
+fn memory_to_open(path: &Path) -> u64 {
+    let image = Image {
+        ro: true,
+        ..image(path)
+    };
+    let ring = Ring::new(Default::default()).unwrap();
+    let held = Held::now();
+    drop(open(&ring, "qcow2", &image).unwrap());
+    held.peak()
+}
+
+/// Names are any bytes; they take no more memory for being no text.
+#[test]
+fn the_largest_snapshot_table_fits_into_256_mib_of_memory() {
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let file = std::fs::File::create(&path).unwrap();
+    let snapshots = 64 << 10;
+    let header = header((1024, 1), (512, 1), (snapshots, 1000));
+    file.write_all_at(&header, 0).unwrap();
+    let mut entry = vec![0xff; 65000 + 40];
+    entry[..40].fill(0);
+    entry[14..16].copy_from_slice(&65000u16.to_be_bytes());
+    file.write_all_at(&entry.repeat(1000), snapshots).unwrap();
+    let bytes = memory_to_open(&path);
+    assert!((64 << 20..160 << 20).contains(&bytes), "{bytes}");
 }
