@@ -4,17 +4,47 @@
 //! [`Reply::Progress`] if the order takes long. On a connection that has subscribed, an [`Event`]
 //! comes whenever there is one.
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 /// One line from a client: `{"id": 1, "command": "resize", "arguments": {"disk": "0", "size": 2147483648}}`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Arguments that all have defaults may be left out as a whole.
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Request {
     /// Comes back in the reply; a client that waits for each reply needs none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<u64>,
     /// What is asked for.
     #[serde(flatten)]
     pub order: Order,
+}
+
+impl<'de> Deserialize<'de> for Request {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Line {
+            id: Option<u64>,
+            command: String,
+            arguments: Option<Value>,
+        }
+        let Line {
+            id,
+            command,
+            arguments,
+        } = Line::deserialize(deserializer)?;
+        let none = || Value::Object(serde_json::Map::new());
+        let arguments = match command.as_str() {
+            "stop" | "console" | "resize" => Some(arguments.unwrap_or_else(none)),
+            _ => arguments.filter(|arguments| *arguments != none()),
+        };
+        let mut order = serde_json::Map::new();
+        order.insert("command".to_owned(), Value::String(command));
+        order.extend(arguments.map(|arguments| ("arguments".to_owned(), arguments)));
+        let order = Order::deserialize(Value::Object(order)).map_err(D::Error::custom)?;
+        Ok(Request { id, order })
+    }
 }
 
 /// What a client can ask of a VM.
@@ -84,7 +114,18 @@ pub enum Size {
     Text(String),
 }
 
-/// One line to a client, in answer to its request.
+/// One line to a client, in answer to its request: `{"id": 1, "ok": {}}`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The request's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<u64>,
+    /// What it is answered with.
+    #[serde(flatten)]
+    pub reply: Reply,
+}
+
+/// What a request is answered with.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reply {
@@ -339,12 +380,70 @@ mod tests {
     }
 
     #[test]
+    fn arguments_with_defaults_may_be_left_out_as_a_whole() {
+        let stop = Order::Stop { timeout_ms: None };
+        let console = Order::Console { scrollback: false };
+        for (line, order) in [
+            (r#"{"command":"stop"}"#, &stop),
+            (r#"{"command":"stop","arguments":{}}"#, &stop),
+            (r#"{"command":"stop","arguments":null}"#, &stop),
+            (r#"{"command":"console"}"#, &console),
+            (r#"{"command":"status","arguments":{}}"#, &Order::Status),
+            (r#"{"command":"kill","arguments":null}"#, &Order::Kill),
+        ] {
+            let request: Request = serde_json::from_str(line).unwrap();
+            assert_eq!(request.order, *order, "{line}");
+        }
+    }
+
+    #[test]
+    fn every_order_is_read_as_it_is_written() {
+        for order in [
+            Order::Status,
+            Order::Stop {
+                timeout_ms: Some(5),
+            },
+            Order::Kill,
+            Order::Reboot,
+            Order::Pause,
+            Order::Resume,
+            Order::Resize(Resize {
+                disk: "ROOT".into(),
+                size: Some(Size::Bytes(1 << 40)),
+                shrink: true,
+                force: true,
+            }),
+            Order::Console { scrollback: true },
+            Order::Subscribe,
+        ] {
+            let request = Request { id: None, order };
+            let line = serde_json::to_string(&request).unwrap();
+            assert_eq!(serde_json::from_str::<Request>(&line).unwrap(), request);
+        }
+    }
+
+    #[test]
+    fn an_answer_carries_the_requests_id() {
+        let ok = Answer {
+            id: Some(7),
+            reply: Reply::Ok(serde_json::json!({})),
+        };
+        let line = serde_json::to_string(&ok).unwrap();
+        assert_eq!(line, r#"{"id":7,"ok":{}}"#);
+        assert_eq!(serde_json::from_str::<Answer>(&line).unwrap(), ok);
+    }
+
+    #[test]
     fn what_a_command_does_not_know_is_an_error() {
         for line in [
             r#"{"command":"resize","arguments":{"disk":"0","sice":1}}"#,
             r#"{"command":"stop","arguments":{"now":true}}"#,
             r#"{"command":"fly"}"#,
             r#"{"id":-1,"command":"status"}"#,
+            r#"{"command":"status","disk":"0"}"#,
+            r#"{"command":"status","arguments":[]}"#,
+            r#"{"command":"resize"}"#,
+            r#"{"command":"kill","command":"status"}"#,
         ] {
             assert!(serde_json::from_str::<Request>(line).is_err(), "{line}");
         }

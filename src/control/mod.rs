@@ -1,8 +1,23 @@
 //! Control of a running VM: the socket that `launcher up` listens on, and its clients.
 
+mod address;
+pub mod client;
+mod connection;
+mod find;
+mod folder;
+mod listener;
 pub mod messages;
+mod orders;
+pub mod place;
+mod serve;
+pub mod server;
 
 use std::os::unix::net::UnixStream;
+
+pub use client::Client;
+pub use find::{find, find_under};
+pub use place::{Claim, Owner, Place};
+pub use server::{Publisher, Server};
 
 use messages::{Failure, Order, Progress, Status};
 
@@ -22,6 +37,16 @@ pub trait Subject: Send + Sync {
         order: Order,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<serde_json::Value, Failure>;
+
+    /// Whether [`Subject::attach`] would succeed now: asked just before, as the reply goes out
+    /// ahead of what the guest has printed. Both are called on one thread.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Subject::attach`].
+    fn may_attach(&self) -> Result<(), Failure> {
+        Ok(())
+    }
 
     /// Makes a connection the guest's console, with what it printed before if `scrollback`. It is
     /// read and written by threads of the console's own; neither side holds up the guest.
