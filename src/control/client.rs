@@ -25,6 +25,8 @@ pub struct Client {
     stream: BufReader<UnixStream>,
     socket: PathBuf,
     id: u64,
+    /// How long it waits for what a VM answers at once.
+    patience: Duration,
 }
 
 /// A line from a VM.
@@ -42,14 +44,18 @@ impl Client {
     ///
     /// Nobody listens there ([`exit::NOT_RUNNING`]); somebody else does; it does not respond.
     pub fn connect(socket: &Path) -> Result<Client> {
+        Client::connect_within(socket, PATIENCE)
+    }
+
+    fn connect_within(socket: &Path, patience: Duration) -> Result<Client> {
         let path = socket.display();
-        let stream = connect(socket).map_err(|error| match error.raw_os_error() {
+        let stream = connect(socket, patience).map_err(|error| match error.raw_os_error() {
             Some(libc::ENOENT | libc::ECONNREFUSED | libc::ENOTDIR) => {
                 let mut error = Error::failed(format!("no VM is running at `{path}`"));
                 error.exit = exit::NOT_RUNNING;
                 error.help("`launcher ps` lists those that are")
             }
-            Some(libc::EAGAIN) => hung(socket),
+            Some(libc::EAGAIN) => hung(socket, patience),
             _ => Error::failed(format!("cannot connect to `{path}`: {error}")),
         })?;
         let us = rustix::process::geteuid().as_raw();
@@ -63,6 +69,7 @@ impl Client {
             stream: BufReader::new(stream),
             socket: socket.to_owned(),
             id: 0,
+            patience,
         })
     }
 
@@ -76,7 +83,7 @@ impl Client {
             order,
             Order::Status | Order::Subscribe | Order::Console { .. }
         );
-        self.patience(at_once.then_some(PATIENCE))?;
+        self.wait_for(at_once.then_some(self.patience))?;
         self.send(order)?;
         loop {
             let Some(line) = self.line()? else {
@@ -104,7 +111,7 @@ impl Client {
     ///
     /// As [`Client::ask`]: the VM has no console, or too many are attached.
     pub fn console(mut self, scrollback: bool) -> Result<UnixStream> {
-        self.patience(Some(PATIENCE))?;
+        self.wait_for(Some(self.patience))?;
         self.send(Order::Console { scrollback })?;
         // A byte at a time: what follows the line is the guest's, and not for a buffer.
         let mut line = Vec::new();
@@ -123,7 +130,7 @@ impl Client {
                 ..
             }) => Err(failure.into()),
             _ => {
-                self.patience(None)?;
+                self.wait_for(None)?;
                 Ok(self.stream.into_inner())
             }
         }
@@ -136,7 +143,7 @@ impl Client {
     /// As [`Client::ask`].
     pub fn subscribe(mut self) -> Result<impl Iterator<Item = Result<Event>>> {
         self.ask(Order::Subscribe, &mut |_| {})?;
-        self.patience(None)?;
+        self.wait_for(None)?;
         let mut ended = false;
         Ok(std::iter::from_fn(move || {
             while !ended {
@@ -165,7 +172,7 @@ impl Client {
         }))
     }
 
-    fn patience(&self, patience: Option<Duration>) -> Result<()> {
+    fn wait_for(&self, patience: Option<Duration>) -> Result<()> {
         self.stream
             .get_ref()
             .set_read_timeout(patience)
@@ -218,7 +225,7 @@ impl Client {
 
     fn broken(&self, error: &io::Error) -> Error {
         match error.kind() {
-            io::ErrorKind::WouldBlock => hung(&self.socket),
+            io::ErrorKind::WouldBlock => hung(&self.socket, self.patience),
             _ => Error::failed(format!(
                 "the connection to `{}` broke: {error}",
                 self.socket.display()
@@ -228,7 +235,7 @@ impl Client {
 }
 
 /// Connects, and gives up when nobody accepts for too long.
-fn connect(socket: &Path) -> io::Result<UnixStream> {
+fn connect(socket: &Path, patience: Duration) -> io::Result<UnixStream> {
     let address = Address::of(socket)?;
     let fd = rustix::net::socket_with(
         AddressFamily::UNIX,
@@ -237,7 +244,7 @@ fn connect(socket: &Path) -> io::Result<UnixStream> {
         None,
     )?;
     // What a connection waits with, too.
-    set_socket_timeout(&fd, Timeout::Send, Some(PATIENCE))?;
+    set_socket_timeout(&fd, Timeout::Send, Some(patience))?;
     let address = address.socket()?;
     loop {
         match rustix::net::connect(&fd, &address) {
@@ -248,10 +255,9 @@ fn connect(socket: &Path) -> io::Result<UnixStream> {
     Ok(UnixStream::from(fd))
 }
 
-fn hung(socket: &Path) -> Error {
-    let seconds = PATIENCE.as_secs();
+fn hung(socket: &Path, patience: Duration) -> Error {
     Error::failed(format!(
-        "the VM at `{}` does not answer within {seconds} s",
+        "the VM at `{}` does not answer within {patience:?}",
         socket.display()
     ))
     .help("its process may be stopped: look at it with `ps`")
@@ -271,6 +277,120 @@ impl From<Failure> for Error {
         match failure.help {
             Some(help) => error.help(help),
             None => error,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+    use std::thread;
+
+    use super::*;
+
+    const SOON: Duration = Duration::from_millis(100);
+
+    /// What a client makes of a VM that says this in answer to whatever it is asked.
+    fn answered(text: &'static str, order: Order) -> Result<Value> {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let vm = thread::spawn(move || {
+            let mut stream = listener.accept().unwrap().0;
+            let mut line = String::new();
+            BufReader::new(&stream).read_line(&mut line).unwrap();
+            stream.write_all(text.as_bytes()).unwrap();
+        });
+        let answer = Client::connect(&socket).unwrap().ask(order, &mut |_| {});
+        vm.join().unwrap();
+        answer
+    }
+
+    fn failed(text: &'static str) -> Error {
+        answered(text, Order::Pause).unwrap_err()
+    }
+
+    #[test]
+    fn the_answer_is_the_one_with_the_id_of_the_request() {
+        let text = "{\"event\":\"booted\"}\n{\"id\":9,\"ok\":1}\n{\"id\":1,\"ok\":2}\n";
+        assert_eq!(answered(text, Order::Pause).unwrap(), 2);
+    }
+
+    #[test]
+    fn what_is_wrong_with_an_order_is_wrong_usage_and_the_rest_a_failure() {
+        for (kind, code) in [
+            ("invalid", exit::USAGE),
+            ("no-such-disk", exit::USAGE),
+            ("refused", exit::USAGE),
+            ("unsupported", exit::FAILED),
+            ("busy", exit::FAILED),
+            ("ending", exit::FAILED),
+            ("host", exit::FAILED),
+        ] {
+            let kind: FailureKind = serde_json::from_value(kind.into()).unwrap();
+            let error = Error::from(Failure {
+                kind,
+                message: "it is so".to_owned(),
+                help: Some("do this".to_owned()),
+                errno: None,
+            });
+            assert_eq!(error.exit, code, "{kind:?}");
+            assert_eq!(error.to_string(), "error: it is so\nhelp: do this");
+        }
+    }
+
+    #[test]
+    fn a_connection_that_ends_without_an_answer_is_an_error() {
+        for text in ["", "{\"id\":1,\"ok\":", "{\"event\":\"booted\"}\n"] {
+            let error = failed(text).to_string();
+            assert!(error.ends_with("has gone without an answer"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_reply_is_an_error() {
+        for text in ["hello\n", "{}\n", "{\"id\":1}\n", "\u{0}\n"] {
+            let error = failed(text).to_string();
+            assert!(error.contains("is no reply: "), "{error}");
+        }
+    }
+
+    #[test]
+    fn where_nobody_listens_no_vm_is_running() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let none = Client::connect(&socket).err().unwrap();
+        drop(UnixListener::bind(&socket).unwrap());
+        let dead = Client::connect(&socket).err().unwrap();
+        for error in [none, dead] {
+            assert_eq!(error.exit, exit::NOT_RUNNING);
+            assert!(
+                error
+                    .to_string()
+                    .starts_with("error: no VM is running at `")
+            );
+        }
+    }
+
+    #[test]
+    fn a_process_that_hangs_is_not_waited_for_forever() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let listener = UnixListener::bind(&socket).unwrap();
+        rustix::net::listen(&listener, 1).unwrap();
+        let mut clients = Vec::new();
+        let full = loop {
+            match Client::connect_within(&socket, SOON) {
+                Ok(client) => clients.push(client),
+                Err(error) => break error,
+            }
+            assert!(clients.len() < 10);
+        };
+        let status = clients[0].ask(Order::Status, &mut |_| {}).unwrap_err();
+        let console = clients.remove(0).console(true).unwrap_err();
+        for error in [full, status, console] {
+            let text = error.to_string();
+            assert!(text.contains("does not answer within 100ms"), "{text}");
         }
     }
 }

@@ -132,3 +132,124 @@ fn unknown(name: &str) -> Error {
     error.exit = exit::NOT_RUNNING;
     error
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::control::place::Claim;
+
+    struct Host(tempfile::TempDir);
+
+    impl Host {
+        fn new() -> Self {
+            Host(tempfile::tempdir().unwrap())
+        }
+
+        /// Runs a VM whose file has no name in it, or one that it has been given.
+        fn up(&self, file: &str, named: Option<&str>, started_ms: u64) -> Claim {
+            let file = self.path(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(&file, "").unwrap();
+            let file = file.canonicalize().unwrap();
+            let stem = file.file_stem().unwrap().to_str().unwrap();
+            let owner = Owner {
+                pid: 1,
+                name: named.unwrap_or(stem).to_owned(),
+                file: file.clone(),
+                started_ms,
+            };
+            let place = Place::under(&self.base(), named, &file).unwrap();
+            place.claim(&owner).unwrap()
+        }
+
+        fn path(&self, path: &str) -> PathBuf {
+            self.0.path().join(path)
+        }
+
+        fn base(&self) -> PathBuf {
+            self.path("launcher")
+        }
+
+        fn find(&self, vm: impl AsRef<OsStr>) -> Result<(Place, Option<Owner>)> {
+            find_under(&self.base(), vm)
+        }
+    }
+
+    #[test]
+    fn a_vm_is_found_by_its_name_its_file_and_the_folder_of_that() {
+        let host = Host::new();
+        let _web = host.up("web/vm.toml", Some("web"), 1);
+        let _other = host.up("other/vm.toml", None, 2);
+        let by_name = host.find("web").unwrap();
+        assert_eq!(by_name.0.key(), "web");
+        assert_eq!(by_name.1.as_ref().unwrap().name, "web");
+        assert_eq!(host.find(host.path("web/vm.toml")).unwrap(), by_name);
+        assert_eq!(host.find(host.path("web")).unwrap(), by_name);
+    }
+
+    #[test]
+    fn a_vm_is_found_by_its_file_although_its_name_has_changed() {
+        let host = Host::new();
+        let _claim = host.up("vm.toml", Some("old"), 1);
+        let (place, owner) = host.find(host.path("vm.toml")).unwrap();
+        assert_eq!((place.key(), owner.is_some()), ("old", true));
+    }
+
+    #[test]
+    fn a_name_that_fits_several_lists_their_files() {
+        let host = Host::new();
+        let _a = host.up("a/vm.toml", None, 1);
+        let b = host.up("b/vm.toml", None, 2);
+        let error = host.find("vm").unwrap_err();
+        assert_eq!(error.exit, exit::USAGE);
+        let text = error.to_string();
+        assert!(
+            text.starts_with("error: `vm` fits 2 running VMs: `vm-"),
+            "{text}"
+        );
+        assert!(
+            text.contains("a/vm.toml, `vm-") && text.contains("b/vm.toml\n"),
+            "{text}"
+        );
+        // The folder's name says which, and so does the end of the other.
+        let (place, _) = host.find(host.path("a/vm.toml")).unwrap();
+        assert_eq!(host.find(place.key()).unwrap().0, place);
+        drop(b);
+        assert_eq!(host.find("vm").unwrap().0, place);
+    }
+
+    #[test]
+    fn a_vm_that_has_ended_is_found_and_has_no_owner() {
+        let host = Host::new();
+        drop(host.up("a/vm.toml", None, 1));
+        drop(host.up("b/vm.toml", None, 3));
+        drop(host.up("c/vm.toml", None, 2));
+        let (place, owner) = host.find("vm").unwrap();
+        assert_eq!(owner, None);
+        // The last one.
+        assert_eq!(host.find(host.path("b/vm.toml")).unwrap(), (place, None));
+    }
+
+    #[test]
+    fn a_file_that_never_ran_has_a_place_and_no_owner() {
+        let host = Host::new();
+        drop(host.up("a/vm.toml", None, 1));
+        let file = host.path("new.toml");
+        let (place, owner) = host.find(&file).unwrap();
+        assert!(place.key().starts_with("new-") && owner.is_none());
+    }
+
+    #[test]
+    fn a_name_that_nobody_has_is_not_running() {
+        let host = Host::new();
+        let error = host.find("nobody").unwrap_err();
+        assert_eq!(error.exit, exit::NOT_RUNNING);
+        let text = error.to_string();
+        assert!(
+            text.starts_with("error: no VM of the name `nobody` is running\nhelp: "),
+            "{text}"
+        );
+    }
+}

@@ -324,3 +324,6 @@ fn already_running(owner: &Owner, us: &Owner) -> Error {
     error.exit = exit::ALREADY_RUNNING;
     error
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use serde_json::{Value, json};
 
 use super::Subject;
 use super::connection::{Connection, Doing, Input};
@@ -164,7 +165,7 @@ impl Loop {
         clients.find(|client| client.number == number)
     }
 
-    fn done(&mut self, number: u64, ends: bool, done: Result<serde_json::Value, Failure>) {
+    fn done(&mut self, number: u64, ends: bool, done: Result<Value, Failure>) {
         self.orders.underway -= usize::from(!ends);
         let Some(client) = self.client(number) else {
             return;
@@ -175,6 +176,7 @@ impl Loop {
         match done {
             // The answer comes when the VM has ended.
             Ok(_) if ends => {}
+            Ok(Value::Null) => client.answer(id, Reply::Ok(json!({}))),
             Ok(value) => client.answer(id, Reply::Ok(value)),
             Err(failure) => client.answer(id, Reply::Error(failure)),
         }

@@ -218,3 +218,6 @@ impl Publisher {
         self.notes.leave(Note::Event(event));
     }
 }
+
+#[cfg(test)]
+mod tests;
