@@ -80,9 +80,14 @@ impl Connection {
         }
     }
 
-    /// Whether it is its turn to send a line: what it sends meanwhile stays in the socket.
+    /// Whether it may send a line: what it sends otherwise stays in the socket.
     pub(super) fn listens(&self) -> bool {
-        self.doing == Doing::Listening && self.unread() == 0 && !self.leaving
+        self.goes_on() && self.unread() == 0
+    }
+
+    /// Whether another line may be taken before it has read the answers to those in front.
+    pub(super) fn goes_on(&self) -> bool {
+        self.doing == Doing::Listening && !self.leaving && self.unread() < PIECE
     }
 
     /// Whether it can go: there is nothing that it waits for.

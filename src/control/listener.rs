@@ -54,6 +54,11 @@ impl Listener {
         Ok(listener)
     }
 
+    /// Device and inode of its name.
+    pub(super) fn made(&self) -> (u64, u64) {
+        self.made
+    }
+
     /// The next connection, of whoever may connect here: `None` if there is none now.
     pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
         loop {
@@ -128,11 +133,7 @@ fn remove_stale(path: &Path) -> io::Result<()> {
 
 fn cannot_listen(path: &Path, error: &io::Error) -> Error {
     let message = format!("cannot listen at `{}`: {error}", path.display());
-    let error = Error::failed(message);
-    match path.as_os_str().is_empty() {
-        true => error,
-        false => error.help("name another place with `--socket PATH`"),
-    }
+    Error::failed(message).help("name another place with `--socket PATH`")
 }
 
 /// Who is at the other end, if it may be.

@@ -223,10 +223,12 @@ impl Loop {
             self.clients.swap_remove(index);
             return;
         }
-        for _ in 0..self.limits.turn {
-            if !client.listens() {
-                break;
-            }
+        let mut left = match client.listens() {
+            true => self.limits.turn,
+            false => 0,
+        };
+        while left > 0 && client.goes_on() {
+            left -= 1;
             let line = match client.line(self.limits.line) {
                 Ok(Input::Line(line)) => line,
                 Ok(Input::Unfinished) => break,
@@ -245,22 +247,18 @@ impl Loop {
                     return;
                 }
             };
-            let then = self.orders.line(client, &line, &counts);
-            if client.flush().is_err() {
-                self.clients.swap_remove(index);
-                return;
-            }
-            if let Then::Attach { scrollback } = then {
-                let client = self.clients.swap_remove(index);
+            let subscribed = client.subscribed;
+            if let Then::Attach { scrollback } = self.orders.line(client, &line, &counts) {
+                let mut client = self.clients.swap_remove(index);
                 // Who has not even read earlier replies has no use for a console.
-                if client.unread() == 0 {
+                if client.flush().is_ok() && client.unread() == 0 {
                     self.orders.attach(client, scrollback);
                 }
                 return;
             }
-            counts.subscribers += usize::from(client.subscribed);
+            counts.subscribers += usize::from(client.subscribed && !subscribed);
         }
-        if client.is_done() {
+        if client.flush().is_err() || client.is_done() {
             self.clients.swap_remove(index);
         }
     }

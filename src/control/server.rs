@@ -139,7 +139,16 @@ impl Server {
         subject: Arc<dyn Subject>,
         limits: Limits,
     ) -> Result<Server> {
-        let mut listeners = vec![Listener::bind(&claim.folder().path().join(SOCKET))?];
+        let path = claim.folder().path().join(SOCKET);
+        let listener = Listener::bind(&path)?;
+        // A name leads anywhere once the folder has been exchanged.
+        let stat = claim.folder().stat(SOCKET);
+        if !stat.is_ok_and(|stat| (stat.st_dev, stat.st_ino) == listener.made()) {
+            let folder = claim.folder().path().display();
+            let message = format!("`{folder}` is not the folder that was locked any more");
+            return Err(Error::failed(message).help("start the VM again"));
+        }
+        let mut listeners = vec![listener];
         if let Some(socket) = socket {
             // It stays what it is when the working directory changes.
             let socket = std::path::absolute(socket).map_err(|error| {

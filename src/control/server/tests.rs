@@ -56,6 +56,7 @@ fn failure(kind: FailureKind, message: &str) -> Failure {
 
 impl Subject for Fake {
     fn status(&self) -> Status {
+        self.asked.lock().unwrap().push(Order::Status);
         self.wait_until_let_go();
         Status {
             name: "web".to_owned(),
@@ -518,7 +519,7 @@ fn subscribers_lose_their_connection_rather_than_an_event() {
     subscriber.ask(r#"{"command":"subscribe"}"#);
     vm.fake.hold(true);
     other.say("{\"command\":\"status\"}\n");
-    thread::sleep(Duration::from_millis(100));
+    vm.fake.wait_until_asked(1);
     for _ in 0..11 {
         vm.publish(Event::Booted);
     }
@@ -719,6 +720,29 @@ fn a_socket_elsewhere_takes_the_place_of_nothing_but_a_dead_socket() {
     }
     assert_eq!(fs::read(&file).unwrap(), b"precious");
     assert!(!dir.path().join("nowhere").exists());
+}
+
+#[test]
+fn a_folder_that_has_been_exchanged_is_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = PathBuf::from("/vms/web.toml");
+    let place = Place::under(&dir.path().join("launcher"), Some("web"), &file).unwrap();
+    let owner = Owner {
+        pid: 1,
+        name: "web".to_owned(),
+        file,
+        started_ms: 0,
+    };
+    let claim = place.claim(&owner).unwrap();
+    fs::rename(place.folder(), dir.path().join("launcher/old")).unwrap();
+    fs::create_dir(place.folder()).unwrap();
+    let error = Server::start(&claim, None, Arc::new(Fake::default()));
+    let error = error.err().unwrap().to_string();
+    assert!(
+        error.contains("is not the folder that was locked any more"),
+        "{error}"
+    );
+    assert!(!place.socket().exists());
 }
 
 #[test]
