@@ -32,7 +32,7 @@ pub(super) enum Doing {
 /// What has come of a line.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Input {
-    /// A whole one, without its end.
+    /// A whole one, without its line feed. The last one needs none.
     Line(Vec<u8>),
     /// Not all of it yet.
     Unfinished,
@@ -128,6 +128,10 @@ impl Connection {
         loop {
             let peeked = match self.receive(&mut piece, RecvFlags::PEEK)? {
                 None => return Ok(Input::Unfinished),
+                // JSON that was cut off is none, so that the end will do for a line's.
+                Some(0) if !self.line.is_empty() => {
+                    return Ok(Input::Line(std::mem::take(&mut self.line)));
+                }
                 Some(0) => return Ok(Input::End),
                 Some(len) => len,
             };
@@ -164,11 +168,23 @@ impl Connection {
         }
     }
 
-    /// Ends the order that is being carried out.
+    /// Answers a request, which is done with.
     pub(super) fn answer(&mut self, id: Option<u64>, reply: Reply) {
         self.doing = Doing::Listening;
         self.since = Instant::now();
         self.tell(&Answer { id, reply });
+    }
+
+    /// As with [`Reply::Ok`], for what keeps the order of its fields.
+    pub(super) fn answer_ok(&mut self, id: Option<u64>, ok: &impl Serialize) {
+        #[derive(Serialize)]
+        struct Ok<'a, T> {
+            #[serde(skip_serializing_if = "Option::is_none")]
+            id: Option<u64>,
+            ok: &'a T,
+        }
+        self.since = Instant::now();
+        self.tell(&Ok { id, ok });
     }
 
     /// Tells it how far its order is.

@@ -77,7 +77,10 @@ impl Orders {
             return Then::Stay;
         }
         let reply = match order {
-            Order::Status => Reply::Ok(value(&self.subject.status())),
+            Order::Status => {
+                client.answer_ok(id, &self.subject.status());
+                return Then::Stay;
+            }
             Order::Subscribe
                 if !client.subscribed && counts.subscribers >= self.limits.subscribers =>
             {

@@ -478,37 +478,6 @@ fn who_has_not_subscribed_gets_no_event() {
 }
 
 #[test]
-fn a_subscriber_that_does_not_read_is_cut_off() {
-    let limits = Limits {
-        events: usize::MAX,
-        ..Limits::default()
-    };
-    let vm = Vm::start_with(limits, Fake::default());
-    let (mut deaf, mut good) = (vm.client(), vm.client());
-    deaf.ask(r#"{"command":"subscribe"}"#);
-    good.ask(r#"{"command":"subscribe"}"#);
-    // 20 bytes each: more than its socket and its share of the process hold.
-    let most = 100_000;
-    let publisher = vm.server.as_ref().unwrap().publisher();
-    let publishing = thread::spawn(move || {
-        for _ in 0..most / 1000 {
-            for _ in 0..1000 {
-                publisher.publish(Event::Booted);
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
-    });
-    for _ in 0..most {
-        assert_eq!(good.hear()["event"], "booted");
-    }
-    publishing.join().unwrap();
-    let mut got = Vec::new();
-    deaf.0.read_to_end(&mut got).unwrap();
-    assert!(got.len() < 1 << 20, "{}", got.len());
-    assert_eq!(good.ask(r#"{"command":"status"}"#)["ok"]["pid"], 1);
-}
-
-#[test]
 fn subscribers_lose_their_connection_rather_than_an_event() {
     let limits = Limits {
         events: 10,
@@ -654,6 +623,36 @@ fn who_closes_his_end_after_a_request_is_still_answered() {
     assert_eq!(client.hear()["ok"]["paused"], true);
     assert_eq!(client.hear()["ok"]["pid"], 1);
     assert!(client.is_at_end());
+}
+
+#[test]
+fn the_last_line_needs_no_line_feed() {
+    let vm = Vm::start();
+    for (line, answer) in [
+        (r#"{"command":"pause"}"#, "ok"),
+        (r#"{"command":"pause""#, "error"),
+    ] {
+        let mut client = vm.client();
+        client.say(line);
+        client
+            .0
+            .get_mut()
+            .shutdown(std::net::Shutdown::Write)
+            .unwrap();
+        assert!(client.hear()[answer].is_object());
+        assert!(client.is_at_end());
+    }
+}
+
+#[test]
+fn a_status_keeps_the_order_of_its_documentation() {
+    let vm = Vm::start();
+    let mut client = vm.client();
+    client.say("{\"command\":\"status\"}\n");
+    let mut line = String::new();
+    client.0.read_line(&mut line).unwrap();
+    let expected = r#"{"ok":{"name":"web","file":"/vms/web.toml","pid":1,"state":"running","#;
+    assert!(line.starts_with(expected), "{line}");
 }
 
 #[test]
