@@ -427,8 +427,10 @@ fn another_user_is_not_served() {
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
     for _ in 0..100 {
         let mut stream = as_nobody(|| UnixStream::connect(&socket)).unwrap();
+        let patience = Some(Duration::from_secs(10));
+        stream.set_read_timeout(patience).unwrap();
         // He may be gone by now.
-        let _ = stream.write_all(b"{\"command\":\"kill\"}\n");
+        let _ = stream.write_all(b"{\"command\":\"status\"}\n");
         let mut heard = Vec::new();
         let _ = stream.read_to_end(&mut heard);
         assert_eq!(heard, b"");
@@ -495,11 +497,12 @@ fn a_link_in_the_place_of_a_folder_or_a_socket_leads_nowhere() {
     assert_eq!(fs::read_dir(&target).unwrap().count(), 0);
 }
 
-/// A process that runs this test from its beginning, and so a VM in this folder.
+/// A process that runs this test from its beginning, and so a VM in this session's folder.
 fn other_process(test: &str, dir: &Path) -> Child {
     let mut child = Command::new(env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture"])
-        .env("LAUNCHER_TEST_RUN_IN", dir)
+        .env("LAUNCHER_TEST_RUN", "1")
+        .env("XDG_RUNTIME_DIR", dir)
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();
@@ -514,8 +517,9 @@ fn other_process(test: &str, dir: &Path) -> Child {
 
 #[test]
 fn the_socket_of_one_who_was_killed_is_taken_over() {
-    if let Some(dir) = env::var_os("LAUNCHER_TEST_RUN_IN") {
-        let claim = place(Path::new(&dir)).claim(&owner()).unwrap();
+    if env::var_os("LAUNCHER_TEST_RUN").is_some() {
+        let place = Place::of(Some("web"), &owner().file).unwrap();
+        let claim = place.claim(&owner()).unwrap();
         let _server = Server::start(&claim, None, Arc::new(Web::default())).unwrap();
         loop {
             thread::sleep(Duration::from_secs(60));

@@ -252,13 +252,17 @@ impl Drop for Claim {
 /// that is not there, not absolute or somebody else's counts for none.
 pub(super) fn base() -> PathBuf {
     let us = rustix::process::geteuid().as_raw();
+    base_in(std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from), us)
+}
+
+fn base_in(runtime: Option<PathBuf>, us: u32) -> PathBuf {
     let ours = |folder: &PathBuf| {
         let meta = std::fs::metadata(folder);
         folder.is_absolute() && meta.is_ok_and(|meta| meta.is_dir() && meta.uid() == us)
     };
-    match std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
-        Some(folder) if ours(&folder) => folder.join("launcher"),
-        _ => PathBuf::from(format!("/tmp/launcher-{us}")),
+    match runtime.filter(ours) {
+        Some(folder) => folder.join("launcher"),
+        None => PathBuf::from(format!("/tmp/launcher-{us}")),
     }
 }
 

@@ -43,6 +43,23 @@ fn owner(name: &str, file: &Path) -> Owner {
 }
 
 #[test]
+fn the_folder_is_in_that_of_the_session_if_that_is_the_users() {
+    let dir = tempfile::tempdir().unwrap();
+    let us = rustix::process::geteuid().as_raw();
+    let runtime = |path: &Path| base_in(Some(path.to_owned()), us);
+    assert_eq!(runtime(dir.path()), dir.path().join("launcher"));
+
+    let private = PathBuf::from(format!("/tmp/launcher-{us}"));
+    assert_eq!(base_in(None, us), private);
+    assert_eq!(runtime(Path::new("")), private);
+    // The specification has a relative one ignored.
+    assert_eq!(runtime(Path::new(".")), private);
+    assert_eq!(runtime(&dir.path().join("gone")), private);
+    let others = base_in(Some(dir.path().to_owned()), us + 1);
+    assert_eq!(others, PathBuf::from(format!("/tmp/launcher-{}", us + 1)));
+}
+
+#[test]
 fn a_vm_with_a_name_has_a_folder_of_that_name() {
     let host = Host::new();
     let place = host.place(Some("web"), Path::new("/nowhere/vm.toml"));
