@@ -190,28 +190,30 @@ async fn grow(file: &HostFile, size: u64, sparse: bool) -> Result<(), OpenError>
     if sparse {
         return Ok(());
     }
+    allocate(file, size).await.map_err(|error| OpenError {
+        message: format!(
+            "cannot allocate {} for `{}`: {}",
+            Size(size),
+            path.display(),
+            host_file::text(&error)
+        ),
+        help: Some("free some space, or set `sparse = true`".into()),
+        key: growth_key(&error),
+    })
+}
+
+/// Allocates all of the image at its new size, and reports how far that is.
+async fn allocate(file: &HostFile, size: u64) -> io::Result<()> {
     let start = Instant::now();
     let progress = |done| {
-        let elapsed = start.elapsed();
         file.ring().report(&Progress {
-            path,
+            path: file.path(),
             done,
             total: size,
-            elapsed,
+            elapsed: start.elapsed(),
         });
     };
-    file.allocate(size, progress)
-        .await
-        .map_err(|error| OpenError {
-            message: format!(
-                "cannot allocate {} for `{}`: {}",
-                Size(size),
-                path.display(),
-                host_file::text(&error)
-            ),
-            help: Some("free some space, or set `sparse = true`".into()),
-            key: growth_key(&error),
-        })
+    file.allocate(size, progress).await
 }
 
 /// What is at fault if an image cannot become as large as it is to be.
@@ -273,7 +275,7 @@ impl Disk for Raw {
             }
             match self.sparse || size <= self.size() {
                 true => self.file.resize(size).await,
-                false => self.file.allocate(size, |_| {}).await,
+                false => allocate(&self.file, size).await,
             }
         })
     }

@@ -130,7 +130,11 @@ impl HostFile {
         }
         let old = self.size();
         self.check_space(size)?;
-        let result = self.reserve(old, size, progress).await;
+        let mut result = self.reserve(old, size, progress).await;
+        if result.is_ok() && size > old {
+            // Refused past RLIMIT_FSIZE, which space past the end is not.
+            result = self.resize(size).await;
+        }
         if result.is_err() && size > old {
             // What was allocated past the end is given back.
             let _ = self
@@ -139,15 +143,11 @@ impl HostFile {
                 .await;
             let _ = rustix::fs::ftruncate(&self.file, old);
         }
-        result?;
-        match size > old {
-            true => self.resize(size).await,
-            false => Ok(()),
-        }
+        result
     }
 
-    /// Refuses at once what cannot fit, before the host's last block is taken for it.
-    fn check_space(&self, size: u64) -> io::Result<()> {
+    /// Refuses at once a file of `size` bytes, all allocated, that cannot fit: before the host's last block is taken for it.
+    pub(crate) fn check_space(&self, size: u64) -> io::Result<()> {
         let stat = rustix::fs::fstat(&self.file)?;
         let has = u64::try_from(stat.st_blocks)
             .unwrap_or(0)

@@ -99,6 +99,8 @@ struct Qcow2 {
     decoded: RefCell<Decoded>,
     epochs: Epochs,
 
+    /// What is freed goes back to the host, although the image is fully allocated.
+    giving_back: Cell<bool>,
     // Where several of these locks are held, they were taken in the order in which they stand.
     resizing: Locks,
     /// Clusters of the disk whose L2 entries are about to change.

@@ -192,6 +192,7 @@ async fn load(ring: &Ring, image: &Image, file: HostFile) -> Result<Qcow2, OpenE
         committing: Default::default(),
         changing_header: Default::default(),
         resizing: Default::default(),
+        giving_back: Default::default(),
         commits_begun: Cell::new(0),
         committed: Cell::new(0),
         condemned: Cell::new(false),

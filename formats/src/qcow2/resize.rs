@@ -1,13 +1,14 @@
 //! Changing the size of the disk.
 
 use std::io;
+use std::time::Instant;
 
 use rustix::io::Errno;
 
 use super::Qcow2;
 use super::blank::Blank;
 use super::header::MAX_L1_BYTES;
-use crate::HostFile;
+use crate::{HostFile, Progress};
 
 impl Qcow2 {
     /// Changes the size of the disk: all or nothing. New space reads as zeroes, whatever the
@@ -50,15 +51,48 @@ impl Qcow2 {
     async fn extend(&self, size: u64) -> io::Result<()> {
         self.extend_l1(size).await?;
         self.blank_new_space(size).await?;
-        if !self.sparse {
-            self.allocate_range(self.size.get()..size, |_, _| {})
-                .await?;
+        if !self.sparse
+            && let Err(error) = self.allocate_new_space(size).await
+        {
+            self.give_back_new_space(size).await;
+            return Err(error);
         }
         if let Some(data) = &self.data {
             self.blank_data_file(data, size).await?;
         }
         self.commit().await?;
         self.set_size(size).await
+    }
+
+    /// Allocates the space up to `size`, and reports how far that is.
+    async fn allocate_new_space(&self, size: u64) -> io::Result<()> {
+        let (file, start) = (self.data_file(), Instant::now());
+        file.check_space(file.size().saturating_add(size - self.size.get()))?;
+        let progress = |done, total| {
+            file.ring().report(&Progress {
+                path: self.file.path(),
+                done,
+                total,
+                elapsed: start.elapsed(),
+            });
+        };
+        self.allocate_range(self.size.get()..size, progress).await
+    }
+
+    /// Frees what was allocated past the end of the disk before the host refused more.
+    async fn give_back_new_space(&self, size: u64) {
+        let bits = self.geometry.cluster_bits;
+        let clusters = self.size.get().div_ceil(1 << bits)..size.div_ceil(1 << bits);
+        self.giving_back.set(true);
+        let freed = match self.blank(clusters, Blank::Drop).await {
+            Ok(()) => self.commit().await,
+            failed => failed,
+        };
+        self.giving_back.set(false);
+        if let Err(error) = freed {
+            let path = self.file.path().display();
+            tracing::warn!("what `{path}` was to grow by could not be freed: {error}");
+        }
     }
 
     /// Makes a data file show zeroes up to `size` too: it may be one that is read as it is.

@@ -10,8 +10,8 @@ use std::process::Command;
 use std::rc::Rc;
 
 use super::*;
-use crate::Engine;
 use crate::testing::{bytes, directory, engines, image, in_tmpfs, open, refused, run, segments};
+use crate::{Engine, Fault, What};
 
 /// Opens an image of `content`; the directory is to be kept.
 fn disk(ring: &Ring, format: &str, content: &[u8]) -> (tempfile::TempDir, Box<dyn Disk>) {
@@ -416,5 +416,22 @@ fn qemu_img_finds_what_was_written() {
         }
         let same = tool("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", a, b]);
         assert_eq!(same, "Images are identical.\n");
+    }
+}
+
+#[test]
+fn a_growth_that_the_host_refuses_leaves_size_and_space_as_they_were() {
+    for refused in [What::Fallocate, What::Call] {
+        let ring = ring();
+        let (directory, disk) = disk(&ring, "raw", &[1; 1 << 20]);
+        let before = allocated(&directory);
+        ring.inject(move |attempt| (attempt.what == refused).then_some(Fault::Errno(libc::EFBIG)));
+        let error = run(&ring, disk.resize(4 << 20)).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EFBIG), "{refused:?}");
+        assert_eq!(disk.size(), 1 << 20);
+        ring.inject(|_| None);
+        assert_eq!(allocated(&directory), before, "{refused:?}");
+        run(&ring, disk.resize(4 << 20)).unwrap();
+        assert!(allocated(&directory) >= 4 << 20);
     }
 }

@@ -135,7 +135,8 @@ impl Qcow2 {
             clusters.start << bits,
             (clusters.end - clusters.start) << bits,
         );
-        let punched = self.sparse && self.file.discard(offset, len).await.is_ok();
+        let frees = self.sparse || self.giving_back.get();
+        let punched = frees && self.file.discard(offset, len).await.is_ok();
         punched && !self.file.is_device()
     }
 

@@ -10,6 +10,7 @@ use crate::{Disk, Image, OptionValue, Ring};
 mod backing;
 mod faults;
 mod flush;
+mod growth;
 mod hostile;
 mod races;
 mod short;

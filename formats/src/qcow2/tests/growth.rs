@@ -1,0 +1,83 @@
+//! Growing an image that is fully allocated.
+
+use std::cell::Cell;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+
+use super::*;
+use crate::{Fault, What};
+
+fn allocated(path: &Path) -> u64 {
+    fs::metadata(path).unwrap().blocks() * 512
+}
+
+#[test]
+fn a_growth_that_the_host_refuses_half_way_changes_nothing_the_guest_or_the_host_sees() {
+    for allowed in 0..4 {
+        let ring = Ring::new(Default::default()).unwrap();
+        let directory = directory();
+        let path = directory.path().join("a.qcow2");
+        let full = Image {
+            sparse: false,
+            ..new_image(&path, 8 * MIB, &[])
+        };
+        let disk = open(&ring, "qcow2", &full).unwrap();
+        write(&ring, &*disk, 8 * MIB - 512, &[7; 512]);
+        run(&ring, disk.flush()).unwrap();
+        let before = allocated(&path);
+
+        let seen = Cell::new(0);
+        ring.inject(move |attempt| {
+            // What is large: not the punch that frees it again.
+            let grows = attempt.what == What::Fallocate && attempt.offset >= 8 * MIB;
+            seen.set(seen.get() + u32::from(grows));
+            (grows && seen.get() == allowed + 1).then_some(Fault::Errno(libc::ENOSPC))
+        });
+        // More than one L2 table describes.
+        let grown = run(&ring, disk.resize(1500 * MIB));
+        ring.inject(|_| None);
+        if allowed == 0 {
+            assert_eq!(
+                grown.as_ref().unwrap_err().raw_os_error(),
+                Some(libc::ENOSPC)
+            );
+        }
+        if grown.is_err() {
+            assert_eq!(disk.size(), 8 * MIB);
+            run(&ring, disk.flush()).unwrap();
+            let left = allocated(&path) - before;
+            assert!(left <= MIB, "{left} bytes are left of it");
+            assert_eq!(read(&ring, &*disk, 8 * MIB - 512, 512), [7; 512]);
+            run(&ring, disk.resize(16 * MIB)).unwrap();
+        }
+        assert_eq!(read(&ring, &*disk, 8 * MIB, 512), [0; 512]);
+        run(&ring, disk.close()).unwrap();
+        check(&path);
+    }
+}
+
+#[test]
+fn a_growth_past_what_the_host_has_is_refused_before_anything_is_allocated() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let full = Image {
+        sparse: false,
+        ..new_image(&path, MIB, &[])
+    };
+    let disk = open(&ring, "qcow2", &full).unwrap();
+    let before = allocated(&path);
+    let host = rustix::fs::statvfs(&path).unwrap();
+    let free = host.f_bfree * host.f_frsize;
+    let error = run(
+        &ring,
+        disk.resize((free + (64 << 30)).next_multiple_of(MIB)),
+    )
+    .unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+    assert_eq!(disk.size(), MIB);
+    run(&ring, disk.flush()).unwrap();
+    assert!(allocated(&path) <= before + MIB);
+    run(&ring, disk.close()).unwrap();
+    check(&path);
+}
