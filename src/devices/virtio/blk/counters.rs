@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::histogram::Histogram;
+
 /// Counters of one disk since it was opened.
 ///
 /// Written by the disk's thread alone, read by any; each is right by itself, no two are of the
@@ -28,6 +30,12 @@ pub struct Counters {
     pub refused: Counter,
     /// Interrupts sent for used buffers.
     pub interrupts: Counter,
+    /// How long the reads took, from the queue until the driver was told.
+    pub read_latency: Histogram,
+    /// How long the writes took.
+    pub write_latency: Histogram,
+    /// How long the flushes took.
+    pub flush_latency: Histogram,
 }
 
 /// A number that only grows.

@@ -7,6 +7,8 @@ mod features;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod handle;
+mod histogram;
 mod request;
 mod serve;
 #[cfg(test)]
@@ -15,10 +17,9 @@ mod worker;
 
 use std::fmt;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{self, Sender, SyncSender};
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
@@ -35,6 +36,8 @@ use features::{CONFIG_WRITEBACK, Profile, QUEUE_SIZE, SECTOR_SIZE, has};
 use worker::Command;
 
 pub use counters::{Counter, Counters};
+pub use handle::BlkHandle;
+pub use histogram::{Histogram, Percentiles};
 
 /// Most virtqueues of one disk.
 pub const MAX_QUEUES: u16 = 64;
@@ -134,14 +137,6 @@ pub struct Blk {
     thread: Option<JoinHandle<io::Result<()>>>,
 }
 
-/// Acts on a disk from any thread, whether a guest is there or not.
-#[derive(Clone)]
-pub struct BlkHandle {
-    shared: Arc<Shared>,
-    commands: Sender<Command>,
-    wake: Arc<OwnedFd>,
-}
-
 impl Blk {
     /// Opens the image, on the thread that will serve it.
     pub fn open(options: BlkOptions) -> Result<Blk, OpenError> {
@@ -164,11 +159,7 @@ impl Blk {
         });
         let (commands, receiver) = mpsc::channel();
         let (opened, profile) = mpsc::sync_channel(1);
-        let handle = BlkHandle {
-            shared: Arc::clone(&shared),
-            commands,
-            wake: Arc::new(wake),
-        };
+        let handle = BlkHandle::new(Arc::clone(&shared), commands, wake);
         let file_name = Path::file_name(&options.image.path).unwrap_or_default();
         let thread = thread::Builder::new()
             .name(format!("disk {}", file_name.display()))
@@ -227,42 +218,6 @@ impl Drop for Blk {
     }
 }
 
-impl BlkHandle {
-    /// Size of the disk in bytes.
-    pub fn size(&self) -> u64 {
-        self.shared.size.load(Ordering::Acquire)
-    }
-
-    /// What the disk has done so far.
-    pub fn counters(&self) -> &Counters {
-        &self.shared.counters
-    }
-
-    /// Changes the size of the image and tells the driver.
-    ///
-    /// Waits for the requests in flight. Fails if the disk is read-only, its format has a fixed
-    /// size, or `size` is not a multiple of the block size; and with the host's error.
-    pub fn resize(&self, size: u64) -> io::Result<()> {
-        self.call(|answer| Command::Resize(size, answer))?
-    }
-
-    fn send(&self, command: Command) -> io::Result<()> {
-        let closed = || io::Error::new(io::ErrorKind::NotConnected, "the disk is closed");
-        self.commands.send(command).map_err(|_| closed())?;
-        rustix::io::write(&self.wake, &1u64.to_ne_bytes())?;
-        Ok(())
-    }
-
-    /// Has a command carried out and waits for the answer.
-    fn call<T>(&self, command: impl FnOnce(SyncSender<T>) -> Command) -> io::Result<T> {
-        let (answer, receiver) = mpsc::sync_channel(1);
-        self.send(command(answer))?;
-        receiver.recv().map_err(|_| {
-            io::Error::new(io::ErrorKind::NotConnected, "the disk was closed meanwhile")
-        })
-    }
-}
-
 impl Device for Blk {
     fn device_type(&self) -> u32 {
         VIRTIO_ID_BLOCK
@@ -278,7 +233,7 @@ impl Device for Blk {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let capacity = self.handle.size() / SECTOR_SIZE;
-        let writeback = self.handle.shared.writeback.load(Ordering::Acquire);
+        let writeback = self.handle.shared().writeback.load(Ordering::Acquire);
         let config = self.profile.config(capacity, writeback);
         let start = usize::try_from(offset)
             .unwrap_or(usize::MAX)
@@ -298,7 +253,7 @@ impl Device for Blk {
         if let (true, Some(writeback)) = (configurable, written) {
             let writeback = *writeback != 0;
             self.handle
-                .shared
+                .shared()
                 .writeback
                 .store(writeback, Ordering::Release);
         }
@@ -309,7 +264,7 @@ impl Device for Blk {
         // Section 5.2.5.2: the cache of a driver that cannot flush is write-through.
         let writeback = has(features, VIRTIO_BLK_F_FLUSH);
         self.handle
-            .shared
+            .shared()
             .writeback
             .store(writeback, Ordering::Release);
     }
@@ -324,16 +279,19 @@ impl Device for Blk {
 
     fn reset(&mut self) {
         if let Err(error) = self.handle.call(Command::Reset)
-            && let Some(held_back) = self.handle.shared.guest_errors.pass()
+            && let Some(held_back) = self.handle.shared().guest_errors.pass()
         {
             tracing::error!(held_back, "a disk cannot be reset: {error}");
         }
         self.features = None;
-        self.handle.shared.writeback.store(true, Ordering::Release);
+        self.handle
+            .shared()
+            .writeback
+            .store(true, Ordering::Release);
     }
 
     fn connect(&mut self, interrupt: Arc<dyn Interrupt>) {
-        *self.handle.shared.interrupt() = Some(interrupt);
+        *self.handle.shared().interrupt() = Some(interrupt);
     }
 }
 

@@ -8,6 +8,7 @@ use std::io;
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
+use std::time::Instant;
 
 use formats::{Disk, Segments};
 
@@ -26,6 +27,23 @@ struct Job {
     /// Which of the virtqueues being served.
     queue: usize,
     head: u16,
+    /// When it was taken.
+    taken: Instant,
+}
+
+/// What a request that succeeded counts as, of those whose time is measured.
+#[derive(Clone, Copy, Debug)]
+enum Measured {
+    Read,
+    Write,
+    Flush,
+}
+
+/// A request that was given back.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Finished {
+    taken: Instant,
+    kind: Measured,
 }
 
 /// A task that serves one request at a time, and then the next: no task is made per request.
@@ -111,11 +129,31 @@ impl Worker {
     /// Tells the driver of what was used.
     fn signal(&self, serving: &mut Serving) {
         self.untold.set(0);
+        self.measure();
         for index in 0..serving.queues.len() {
             match serving.queues[index].signal() {
                 Ok(sent) => self.shared.counters.interrupts.add(u64::from(sent)),
                 Err(error) => self.break_off(serving, &error),
             }
+        }
+    }
+
+    /// Counts how long the requests took of which the driver is told now: one look at the clock
+    /// for all of them.
+    pub(super) fn measure(&self) {
+        let mut finished = self.finished.borrow_mut();
+        if finished.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        let counters = &self.shared.counters;
+        for Finished { taken, kind } in finished.drain(..) {
+            let histogram = match kind {
+                Measured::Read => &counters.read_latency,
+                Measured::Write => &counters.write_latency,
+                Measured::Flush => &counters.flush_latency,
+            };
+            histogram.record(now.saturating_duration_since(taken));
         }
     }
 
@@ -130,8 +168,16 @@ impl Worker {
         if serving.broken || self.gate.get() != Gate::Open {
             return;
         }
-        let taken = serving.queues[index].take(|head| self.dispatch(Job { queue: index, head }));
-        if let Err(error) = taken {
+        // All that is taken in one go has waited for the same look at the clock.
+        let mut now = None;
+        let result = serving.queues[index].take(|head| {
+            self.dispatch(Job {
+                queue: index,
+                head,
+                taken: *now.get_or_insert_with(Instant::now),
+            });
+        });
+        if let Err(error) = result {
             self.break_off(serving, &error);
         }
     }
@@ -166,13 +212,20 @@ impl Worker {
             Ok(accepted) => accepted,
             Err(len) => return (len, 0),
         };
-        let bytes = match &request {
-            Request::In { to, .. } => to.len(),
-            Request::Out { from, .. } => from.len(),
-            _ => 0,
+        let (bytes, kind) = match &request {
+            Request::In { to, .. } => (to.len(), Some(Measured::Read)),
+            Request::Out { from, .. } => (from.len(), Some(Measured::Write)),
+            Request::Flush => (0, Some(Measured::Flush)),
+            _ => (0, None),
         };
         let len = match self.execute(request, durable).await {
-            Ok(written) => reply.write(Status::Ok, written),
+            Ok(written) => {
+                if let Some(kind) = kind {
+                    let taken = job.taken;
+                    self.finished.borrow_mut().push(Finished { taken, kind });
+                }
+                reply.write(Status::Ok, written)
+            }
             Err(failure) => {
                 self.failed(&failure);
                 reply.write(Status::IoErr, 0)

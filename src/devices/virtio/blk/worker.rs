@@ -7,14 +7,15 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::mpsc::{Receiver, Sender, SyncSender};
 use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
 
 use formats::{Disk, File, OpenError, Ring};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 use super::features::{Profile, has};
-use super::serve::Slot;
+use super::serve::{Finished, Slot};
 use super::{BlkOptions, Shared};
 use crate::devices::GuestMemory;
 use crate::devices::throttle::Throttle;
@@ -31,9 +32,19 @@ pub(super) enum Command {
     /// Stops serving, once no request is in flight.
     Reset(SyncSender<()>),
     /// Changes the size of the image, in bytes.
-    Resize(u64, SyncSender<io::Result<()>>),
+    Resize(u64, Sender<Step>),
+    /// Makes what was written durable.
+    Flush(SyncSender<io::Result<()>>),
     /// Stops serving, closes the image and ends the thread.
     Close,
+}
+
+/// How far a resize is.
+pub(super) enum Step {
+    /// Bytes that are allocated, of all.
+    Progress { done: u64, of: u64 },
+    /// It is over.
+    Done(io::Result<()>),
 }
 
 /// How the cache mode follows from the negotiated features (section 5.2.6.2).
@@ -89,6 +100,8 @@ pub(super) struct Worker {
     pub(super) in_flight: Cell<usize>,
     /// Bytes transferred since the driver was last told.
     pub(super) untold: Cell<usize>,
+    /// Requests given back of which the driver was not told yet.
+    pub(super) finished: RefCell<Vec<Finished>>,
     /// Tasks that wait for notifications.
     listeners: Cell<usize>,
     /// Woken when a request or a task comes to its end.
@@ -139,6 +152,21 @@ pub(super) fn run(
             worker.idle();
         }
     })
+}
+
+/// Passes on how far a resize is, ten times a second at most.
+fn reporter(steps: Sender<Step>) -> impl Fn(&formats::Progress<'_>) {
+    const PAUSE: Duration = Duration::from_millis(100);
+    let last = Cell::new(None::<Instant>);
+    move |progress| {
+        let now = Instant::now();
+        if last.get().is_some_and(|last| now - last < PAUSE) {
+            return;
+        }
+        last.set(Some(now));
+        let (done, of) = (progress.done, progress.total);
+        let _ = steps.send(Step::Progress { done, of });
+    }
 }
 
 impl Worker {
@@ -192,6 +220,7 @@ impl Worker {
             free: RefCell::default(),
             in_flight: Cell::default(),
             untold: Cell::default(),
+            finished: RefCell::default(),
             listeners: Cell::default(),
             waiter: RefCell::default(),
         })
@@ -220,8 +249,14 @@ impl Worker {
                         self.reset().await;
                         let _ = answer.send(());
                     }
-                    Command::Resize(size, answer) => {
-                        let _ = answer.send(self.resize(size).await);
+                    Command::Resize(size, steps) => {
+                        self.ring.on_progress(reporter(steps.clone()));
+                        let result = self.resize(size).await;
+                        self.ring.on_progress(|_| {});
+                        let _ = steps.send(Step::Done(result));
+                    }
+                    Command::Flush(answer) => {
+                        let _ = answer.send(self.flush().await);
                     }
                     Command::Close => close = true,
                 }
@@ -285,6 +320,7 @@ impl Worker {
         self.until(|worker| worker.in_flight.get() == 0 && worker.listeners.get() == 0)
             .await;
         *self.serving.borrow_mut() = None;
+        self.measure();
         self.gate.set(Gate::Open);
     }
 
@@ -317,6 +353,13 @@ impl Worker {
             interrupt.config_changed();
         }
         result
+    }
+
+    async fn flush(&self) -> io::Result<()> {
+        match self.profile.ro {
+            true => Ok(()),
+            false => self.disk()?.flush().await,
+        }
     }
 
     pub(super) async fn close(&self) -> io::Result<()> {
