@@ -114,6 +114,18 @@ leaf! {
 }
 
 leaf! {
+    /// A text to look for in what the guest prints.
+    Ready(String): "a text of 1 to 128 characters, in one line", |scalar| {
+        let text = scalar.text()?;
+        match text.chars().find(|c| c.is_control()) {
+            Some(bad) => Err(format!("{bad:?} is not allowed").into()),
+            None if (1..=128).contains(&text.chars().count()) => Ok(text),
+            None => Err(Wrong::default()),
+        }
+    }
+}
+
+leaf! {
     /// A time span.
     Span(Duration): "a time such as \"500ms\", \"30s\" or \"2m\", at most \"1h\"", |scalar| {
         let text = match scalar {

@@ -9,11 +9,12 @@ use toml::de::DeValue;
 
 use super::block::Block;
 use super::diagnostic::Diagnostic;
-use super::kinds::{Cmdline, Cpus, FilePath, Memory, Name, Span};
+use super::kinds::{Cmdline, Cpus, FilePath, Memory, Name, Ready, Span};
 use super::options::{Table, default, derived, optional, options, required, table, tables};
 use super::places::Places;
 use super::section::Section;
 use super::value::{Leaf, words};
+use crate::{Error, Result};
 
 options! {
     /// A VM: one TOML file.
@@ -36,6 +37,8 @@ options! {
     computed {
         /// The file it was read from.
         file: PathBuf,
+        /// Whether its name was given, rather than taken from the file's.
+        named: bool,
         /// Where its keys stand in that file.
         places: Places,
     }
@@ -48,12 +51,12 @@ impl Table for Vm {
         let cx = section.cx;
         let mut given = GivenVm::read(&mut section);
         section.unknown(Vm::KEYS);
+        let named = given.name.value.is_some();
         if given.name.value.is_none() && given.name.at.is_none() {
             let stem = cx.file.file_stem().unwrap_or_default().to_string_lossy();
-            let value = DeValue::String(stem.into_owned().into());
-            match Name::deserialize(toml::de::ValueDeserializer::from(Spanned::new(0..0, value))) {
-                Ok(name) => given.name.value = Some(name.0),
-                Err(_) => {
+            match name_of(&stem) {
+                Some(name) => given.name.value = Some(name),
+                None => {
                     let stem = cx.file.file_stem().unwrap_or_default().display();
                     let title = format!(
                         "`name` is \"{stem}\" after the file, expected {}",
@@ -64,8 +67,30 @@ impl Table for Vm {
                 }
             }
         }
-        given.finish(cx.file.to_owned(), Places::new(cx.file, cx.text))
+        given.finish(cx.file.to_owned(), named, Places::new(cx.file, cx.text))
     }
+}
+
+impl Vm {
+    /// Gives it another name than its file does.
+    ///
+    /// # Errors
+    ///
+    /// It is no name of a VM.
+    pub fn rename(&mut self, name: &str) -> Result<()> {
+        self.name = name_of(name).ok_or_else(|| {
+            Error::usage(format!("the name is {name:?}, expected {}", Name::EXPECTS))
+        })?;
+        self.named = true;
+        Ok(())
+    }
+}
+
+/// A name, if it is a good one.
+fn name_of(name: &str) -> Option<String> {
+    let value = DeValue::String(name.into());
+    let value = toml::de::ValueDeserializer::from(Spanned::new(0..0, value));
+    Name::deserialize(value).ok().map(|name| name.0)
 }
 
 options! {
@@ -88,6 +113,8 @@ options! {
         mode: ConsoleMode = default::<ConsoleMode>("\"stdio\""),
         /// File that what the guest prints is appended to.
         log: Option<PathBuf> = optional::<FilePath>("none"),
+        /// What the guest prints once it is up.
+        ready: Option<String> = optional::<Ready>("what kernels and login prompts print"),
     }
 }
 
@@ -96,6 +123,8 @@ words! {
     pub enum ConsoleMode {
         /// Standard input and output.
         Stdio = "stdio",
+        /// The control socket alone: see `launcher console` and `launcher logs`.
+        Socket = "socket",
         /// The guest has no serial port.
         Off = "off",
     }

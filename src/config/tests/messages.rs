@@ -114,7 +114,7 @@ error: unknown key `read_only` in `[console]`
 5 | read_only = true
   | ^^^^^^^^^
   |
-  = help: known here: mode, log
+  = help: known here: mode, log, ready
 
 error: unknown key `root` in `[console]`
  --> vms/vm.toml:6:1
@@ -295,7 +295,7 @@ fn a_wrong_word_gets_the_nearest() {
     said(
         "boot.kernel = 'k'\nconsole.mode = 'studio'\n",
         r#"
-error: `mode` is 'studio', expected "stdio" or "off"
+error: `mode` is 'studio', expected "stdio" or "socket" or "off"
  --> vms/vm.toml:2:16
   |
 2 | console.mode = 'studio'
