@@ -70,6 +70,13 @@ impl Error {
         self
     }
 
+    /// What went wrong, without what to do about it.
+    pub(crate) fn message(&self) -> &str {
+        match &self.text {
+            Text::Message(text) | Text::Rendered(text) => text,
+        }
+    }
+
     /// Says which key of the VM's file it is about, as "boot.kernel" or "block.0.path".
     pub(crate) fn about(mut self, key: impl Into<String>) -> Self {
         self.key = Some(key.into());

@@ -15,12 +15,14 @@ use tempfile::TempDir;
 /// mov dx, 0x3f8; mov al, 'R'; out dx, al; hlt; jmp to the hlt
 const STAY: &[u8] = &[0x66, 0xba, 0xf8, 0x03, 0xb0, b'R', 0xee, 0xf4, 0xeb, 0xfd];
 
-/// A folder with the kernels `k`, which powers off, and `stay`, which prints an R and stays.
-struct Folder(TempDir);
+/// A folder with the kernels `k`, which powers off, and `stay`, which prints an R and stays; and
+/// one for what runs.
+struct Folder(TempDir, TempDir);
 
 impl Folder {
     fn new() -> Folder {
-        let folder = Folder(tempfile::tempdir().unwrap());
+        let new = || tempfile::tempdir().unwrap();
+        let folder = Folder(new(), new());
         fs::write(folder.path("k"), bare::kernel(bare::POWER_OFF)).unwrap();
         fs::write(folder.path("stay"), bare::kernel(STAY)).unwrap();
         folder
@@ -38,6 +40,7 @@ impl Folder {
             .args(["up", "--force", file])
             .current_dir(self.0.path())
             .env_remove("LAUNCHER_LOG")
+            .env("XDG_RUNTIME_DIR", self.1.path())
             .stdin(Stdio::null());
         command
     }

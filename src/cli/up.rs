@@ -1,33 +1,129 @@
 //! `launcher up`.
 
-use std::path::PathBuf;
+mod detach;
 
-use clap::Args;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use clap::{Args, ValueEnum};
 use formats::Engine;
 
+use crate::config::{ConsoleMode, Vm};
+use crate::control::messages::{Event, Stopped};
+use crate::control::{Owner, Place, Server};
 use crate::vm::{self, UpOptions};
 use crate::{Error, Result, config};
+use detach::Ready;
 
 /// Boot a VM and stay with it until it ends
 #[derive(Args)]
-#[command(after_help = "Example:\n  launcher up vm.toml")]
+#[command(
+    after_help = "Example:\n  launcher up vm.toml\n  launcher up --detach --wait boot vm.toml"
+)]
 pub(super) struct Up {
     /// TOML file of the VM, or the folder of its vm.toml [default: vm.toml]
     vm: Option<PathBuf>,
+    /// Return once the VM runs, and leave it running
+    #[arg(short, long)]
+    detach: bool,
+    /// With --detach, return only once the guest is up; see `console.ready`
+    #[arg(long, value_name = "WHAT", requires = "detach")]
+    wait: Option<Wait>,
+    /// How long to wait for that
+    #[arg(long, value_name = "TIME", default_value = "120s", value_parser = time)]
+    wait_timeout: Duration,
+    /// Name of the VM, instead of its file's
+    #[arg(long)]
+    name: Option<String>,
+    /// Listen at another control socket as well
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
     /// Go on where the host cannot boot an unmodified kernel
     #[arg(long)]
     force: bool,
+    /// The pipe to the process that started this one detached
+    #[arg(long, hide = true, value_name = "FD", conflicts_with = "detach")]
+    ready: Option<i32>,
+}
+
+/// What to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Wait {
+    /// The guest's init or login prompt, or `console.ready`
+    Boot,
 }
 
 impl Up {
     pub(super) fn run(self) -> Result<u8> {
+        match self.detach {
+            true => detach::start(&self),
+            false => self.stay(),
+        }
+    }
+
+    /// Runs the VM in this process.
+    fn stay(self) -> Result<u8> {
         let engine = match std::env::var_os(VARIABLE) {
             None => Engine::Auto,
             Some(value) => engine(&value.to_string_lossy())?,
         };
-        let vm = config::load(&super::file(self.vm))?;
-        let force = self.force;
-        vm::run(&vm, &UpOptions { force, engine })
+        let ready = self.ready.map(Ready::inherited).transpose()?;
+        let mut vm = config::load(&super::file(self.vm))?;
+        if let Some(name) = &self.name {
+            vm.rename(name)?;
+        }
+        let place = Place::of(vm.named.then_some(&*vm.name), &vm.file)?;
+        let claim = place.claim(&owner(&vm))?;
+        let detached = ready.is_some();
+        let kept = detached || vm.console.mode == ConsoleMode::Socket;
+        let options = UpOptions {
+            force: self.force,
+            engine,
+            detached,
+            console_log: kept.then(|| place.console_log()),
+        };
+        let mut server = None;
+        let ended = vm::run(
+            &vm,
+            &options,
+            Box::new(|subject| {
+                let started = Server::start(&claim, self.socket.as_deref(), subject)?;
+                let publisher = started.publisher();
+                server = Some(started);
+                let mut waiting = ready.map(|ready| ready.running(&place)).transpose()?;
+                Ok(Box::new(move |event| {
+                    if event == Event::Booted
+                        && let Some(waiting) = waiting.take()
+                    {
+                        waiting.booted();
+                    }
+                    publisher.publish(event);
+                }))
+            }),
+        );
+        if let Some(server) = server {
+            let exit_code = match &ended.result {
+                Ok(code) => *code,
+                Err(error) => error.exit,
+            };
+            server.close(Stopped {
+                how: ended.how,
+                why: ended.why,
+                exit_code,
+            });
+        }
+        ended.result
+    }
+}
+
+/// This process, as the owner of a VM.
+fn owner(vm: &Vm) -> Owner {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    Owner {
+        pid: std::process::id(),
+        name: vm.name.clone(),
+        file: std::fs::canonicalize(&vm.file).unwrap_or_else(|_| vm.file.clone()),
+        started_ms: now.map_or(0, |now| now.as_millis().try_into().unwrap_or(u64::MAX)),
     }
 }
 
@@ -42,6 +138,24 @@ fn engine(word: &str) -> Result<Engine> {
         _ => Err(Error::usage(format!(
             "{VARIABLE} is {word:?}, expected auto, io_uring or threads"
         ))),
+    }
+}
+
+/// A time such as "500ms", "120s" or "2m".
+fn time(text: &str) -> Result<Duration, String> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let millis = match unit {
+        "ms" => 1,
+        "s" => 1_000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => 0,
+    };
+    let number: Option<u64> = number.parse().ok();
+    match number.and_then(|number| number.checked_mul(millis)) {
+        Some(time) if millis > 0 => Ok(Duration::from_millis(time)),
+        _ => Err("expected a time such as 500ms, 120s or 2m".to_owned()),
     }
 }
 
@@ -60,5 +174,14 @@ mod tests {
             error.to_string(),
             "error: LAUNCHER_IO is \"thread\", expected auto, io_uring or threads"
         );
+    }
+
+    #[test]
+    fn a_time_has_a_unit() {
+        assert_eq!(time("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(time("2m"), Ok(Duration::from_secs(120)));
+        for text in ["", "5", "s", "-1s", "1.5s", "99999999999999999999s"] {
+            assert!(time(text).is_err(), "{text}");
+        }
     }
 }

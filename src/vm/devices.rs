@@ -6,14 +6,20 @@ use formats::{Engine, Image, OpenError};
 
 use super::machine::SharedDevice;
 use crate::config::{Block, Vm};
-use crate::devices::virtio::blk::{Blk, BlkOptions};
+use crate::devices::virtio::blk::{Blk, BlkHandle, BlkOptions};
 use crate::devices::virtio::rng::Rng;
 use crate::{Error, Result};
 
 /// The devices, in the order of their PCI addresses: the entropy source, then the disks.
 pub(crate) struct Devices {
     all: Vec<SharedDevice>,
-    disks: Vec<(String, Arc<Mutex<Blk>>)>,
+    disks: Vec<Plugged>,
+}
+
+struct Plugged {
+    path: String,
+    disk: Arc<Mutex<Blk>>,
+    handle: BlkHandle,
 }
 
 impl Devices {
@@ -32,9 +38,14 @@ impl Devices {
                 };
                 Error::from(error).about(format!("block.{index}.{key}"))
             })?;
+            let handle = disk.handle();
             let disk = Arc::new(Mutex::new(disk));
             devices.all.push(Arc::clone(&disk) as SharedDevice);
-            devices.disks.push((block.path.display().to_string(), disk));
+            devices.disks.push(Plugged {
+                path: block.path.display().to_string(),
+                disk,
+                handle,
+            });
         }
         Ok(devices)
     }
@@ -44,11 +55,26 @@ impl Devices {
         &self.all
     }
 
+    /// The disks, in the order of the configuration.
+    pub(crate) fn disks(&self) -> impl Iterator<Item = BlkHandle> {
+        self.disks.iter().map(|plugged| plugged.handle.clone())
+    }
+
+    /// Makes what the guest has written durable. A disk that fails is no reason to do without
+    /// the next machine: its driver will hear of it.
+    pub(crate) fn flush(&self) {
+        for Plugged { path, handle, .. } in &self.disks {
+            if let Err(error) = handle.flush() {
+                tracing::error!("cannot flush {path}: {error}");
+            }
+        }
+    }
+
     /// Flushes and closes all disks: every one, whatever happens to another.
     pub(crate) fn close(self) -> Result<()> {
         drop(self.all);
         let mut failures = Vec::new();
-        for (path, disk) in self.disks {
+        for Plugged { path, disk, .. } in self.disks {
             let closed = match Arc::try_unwrap(disk) {
                 Ok(disk) => disk
                     .into_inner()

@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::Kvm;
 
 use super::boot::{self, Entry, Parameters};
-use super::console::OutputSink;
+use super::console::ConsoleSink;
 use super::events::{Events, Outcome};
 use super::kvm::{KvmHypervisor, KvmVm};
-use super::vcpu::{VcpuModel, Vcpus, World};
+use super::vcpu::{Gate, VcpuModel, Vcpus, World};
 use super::{acpi, layout};
 use crate::config::{ConsoleMode, Vm};
 use crate::devices::bus::Bus;
@@ -36,7 +36,7 @@ pub(crate) struct Loaded {
 pub(crate) struct Machine {
     vcpus: Vcpus,
     pci: Arc<PciBus>,
-    serial: Option<Arc<Serial<OutputSink>>>,
+    serial: Option<Arc<Serial<ConsoleSink>>>,
     button: PowerButton,
     events: Arc<Events>,
 }
@@ -65,11 +65,13 @@ impl Loaded {
         Ok(Loaded { vm, model, entry })
     }
 
-    /// Plugs the devices in and starts the vCPUs. Without `console` there is no serial port.
+    /// Plugs the devices in and starts the vCPUs, unless they are `paused`. Without `console`
+    /// there is no serial port.
     pub(crate) fn start(
         self,
         devices: &[SharedDevice],
-        console: Option<OutputSink>,
+        console: Option<ConsoleSink>,
+        paused: bool,
     ) -> Result<Machine> {
         let events = Arc::new(Events::new().map_err(no_eventfd)?);
         let vm = &self.vm;
@@ -135,7 +137,7 @@ impl Loaded {
             memory: mmio,
             events: Arc::clone(&events),
         };
-        let vcpus = Vcpus::start(fds, world)?;
+        let vcpus = Vcpus::start(fds, world, paused)?;
         Ok(Machine {
             vcpus,
             pci,
@@ -153,7 +155,7 @@ fn no_eventfd(error: io::Error) -> Error {
 
 impl Machine {
     /// The serial port, if there is one.
-    pub(crate) fn serial(&self) -> Option<&Serial<OutputSink>> {
+    pub(crate) fn serial(&self) -> Option<&Serial<ConsoleSink>> {
         self.serial.as_deref()
     }
 
@@ -165,6 +167,21 @@ impl Machine {
     /// Where the guest's end is reported.
     pub(crate) fn events(&self) -> &Events {
         &self.events
+    }
+
+    /// Has the vCPUs leave the guest and wait; [`Machine::gate`] tells when they do.
+    pub(crate) fn pause(&self) {
+        self.vcpus.pause();
+    }
+
+    /// Lets the vCPUs run again.
+    pub(crate) fn resume(&self) {
+        self.vcpus.resume();
+    }
+
+    /// Where the vCPUs wait while they are paused.
+    pub(crate) fn gate(&self) -> &Arc<Gate> {
+        self.vcpus.gate()
     }
 
     /// Stops the vCPUs, then the devices. When it returns, nothing touches guest memory, and

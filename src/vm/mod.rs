@@ -3,26 +3,55 @@
 mod acpi;
 mod boot;
 mod console;
+mod control;
 mod cpuid;
 mod devices;
 mod events;
 pub mod host;
 mod kvm;
 mod layout;
-mod log_file;
+mod life;
 mod machine;
 mod memory;
 mod run;
 mod session;
 mod vcpu;
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::control::Subject;
+use crate::control::messages::{Event, How};
+
 pub use run::run;
 
 /// How `launcher up` runs a VM, besides what its file says.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct UpOptions {
     /// Try on a host that cannot boot an unmodified kernel.
     pub force: bool,
     /// How disks do their I/O.
     pub engine: formats::Engine,
+    /// Leave standard input and output alone: the console is at the control socket.
+    pub detached: bool,
+    /// Where what the guest prints is kept if it is not shown on standard output.
+    pub console_log: Option<PathBuf>,
+}
+
+/// Takes events; it must not block.
+pub type Publish = Box<dyn FnMut(Event) + Send>;
+
+/// Is given the VM when it runs, and says where its events go.
+pub type Running<'a> = Box<dyn FnOnce(Arc<dyn Subject>) -> crate::Result<Publish> + 'a>;
+
+/// How a VM ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// The exit code, or what to tell the user. An error that is about a key of the VM's file
+    /// shows its place.
+    pub result: crate::Result<u8>,
+    /// Who ended it.
+    pub how: How,
+    /// One sentence, where there is more to say.
+    pub why: Option<String>,
 }

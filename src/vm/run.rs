@@ -1,27 +1,34 @@
 //! `launcher up`: the VM's life from its file to the exit code, on the calling thread.
 
+use std::io;
 use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 
-use super::UpOptions;
+use super::console::{Console, KeptLog, Outlet, log_file};
+use super::control::Control;
 use super::devices::Devices;
 use super::events::Outcome;
+use super::life::Life;
 use super::machine::Loaded;
 use super::session::{End, Session};
-use super::{host, memory, vcpu};
-use crate::config::Vm;
+use super::{Ended, Running, UpOptions, host, memory, vcpu};
+use crate::config::{ConsoleMode, Vm};
+use crate::control::messages::{Event, How};
 use crate::exit;
 use crate::{Error, Result, messages};
 
-/// Boots the VM and stays with it to its end. Returns the exit code.
-///
-/// An error that is about a key of the VM's file shows its place.
-pub fn run(config: &Vm, options: &UpOptions) -> Result<u8> {
-    up(config, options).map_err(|error| error.at(&config.places))
+/// Boots the VM and stays with it to its end. Once its vCPUs run, `running` is called.
+pub fn run(config: &Vm, options: &UpOptions, running: Running<'_>) -> Ended {
+    let at = |error: Error| error.at(&config.places);
+    match up(config, options, running) {
+        Ok((end, closed)) => ended(config, end, closed.map_err(at)),
+        Err(error) => failed(at(error)),
+    }
 }
 
-fn up(config: &Vm, options: &UpOptions) -> Result<u8> {
+/// How it ended, and whether its disks closed.
+fn up(config: &Vm, options: &UpOptions, running: Running<'_>) -> Result<(End, Result<()>)> {
     host::refuse_hopeless_host(options.force)?;
     let kvm = Kvm::new().map_err(|error| {
         Error::failed(format!("cannot open /dev/kvm: {error}")).help("see `launcher doctor`")
@@ -32,39 +39,103 @@ fn up(config: &Vm, options: &UpOptions) -> Result<u8> {
     let memory = memory::allocate(config.memory)?;
     let loaded = Loaded::new(&kvm, config, Arc::clone(&memory))?;
     let devices = Devices::open(config, options.engine)?;
-    let mut session = Session::new(config)?;
+    let life = Arc::new(Life::new());
+    let console = console(config, options, &life)?;
+    let keys = shown(config, options);
+    let (mut session, orders) = Session::new(config, Arc::clone(&life), console.clone(), keys)?;
 
+    let control = Control::new(config, &devices, Arc::clone(&life), orders, console);
+    let running = || {
+        life.tell(running(Arc::new(control))?);
+        Ok(())
+    };
     let next = || {
         memory::clear(&memory)?;
         Loaded::new(&kvm, config, Arc::clone(&memory))
     };
-    let ended = session.run(loaded, next, &devices);
+    let ended = session.run(loaded, next, &devices, running);
     // However it ended: nothing that the guest wrote or printed is lost.
     let closed = devices.close();
     session.close();
-    let code = report(config, ended?)?;
-    closed.map(|()| code)
+    Ok((ended?, closed))
+}
+
+/// Whether the console is on standard input and output.
+fn shown(config: &Vm, options: &UpOptions) -> bool {
+    config.console.mode == ConsoleMode::Stdio && !options.detached
+}
+
+fn console(config: &Vm, options: &UpOptions, life: &Arc<Life>) -> Result<Option<Arc<Console>>> {
+    if config.console.mode == ConsoleMode::Off {
+        return Ok(None);
+    }
+    let mut outlets = Vec::new();
+    if let Some(path) = &config.console.log {
+        let log = log_file::open(path).map_err(|error| {
+            let what = format!("the console's log {}", path.display());
+            Error::unopenable(&what, &error).about("console.log")
+        })?;
+        if let Some(other) = log_file::same_file(&log, config) {
+            let other = other.display();
+            let message = format!("`console.log` is the same file as {other}");
+            return Err(Error::usage(message)
+                .help("what the guest prints would be written into it: give another file")
+                .about("console.log"));
+        }
+        outlets.push(Outlet::Log(log));
+    }
+    if shown(config, options) {
+        outlets.push(Outlet::Stdout);
+    } else if let Some(path) = &options.console_log {
+        let log = KeptLog::begin(path)
+            .map_err(|error| Error::failed(format!("cannot create {}: {error}", path.display())))?;
+        outlets.push(Outlet::Kept(log));
+    }
+    let life = Arc::clone(life);
+    let on_boot = move || life.publish(Event::Booted);
+    let failed = |error: io::Error| Error::failed(format!("cannot start a thread: {error}"));
+    let console = Console::new(outlets, config.console.ready.clone(), on_boot).map_err(failed)?;
+    Ok(Some(console))
 }
 
 /// The exit code, with a line for every end that is not the guest's own power-off or reboot.
-fn report(config: &Vm, end: End) -> Result<u8> {
+fn ended(config: &Vm, end: End, closed: Result<()>) -> Ended {
     let name = &config.name;
-    match end {
-        End::Guest(Outcome::PowerOff | Outcome::Reboot) => Ok(exit::DONE),
+    let (how, why, result) = match end {
+        End::Guest(Outcome::PowerOff | Outcome::Reboot) => (How::Guest, None, Ok(exit::DONE)),
         End::Guest(Outcome::Crash) => {
-            messages::say(format_args!(
-                "launcher: guest `{name}` crashed (triple fault)"
-            ));
-            Ok(exit::GUEST_CRASH)
+            let why = "crashed (triple fault)";
+            messages::say(format_args!("launcher: guest `{name}` {why}"));
+            (How::Crashed, Some(why.into()), Ok(exit::GUEST_CRASH))
         }
         End::Guest(Outcome::Panic) => {
-            messages::say(format_args!("launcher: guest `{name}` panicked"));
-            Ok(exit::GUEST_PANIC)
+            let why = "panicked";
+            messages::say(format_args!("launcher: guest `{name}` {why}"));
+            (How::Crashed, Some(why.into()), Ok(exit::GUEST_PANIC))
         }
-        End::Guest(Outcome::Failed(why)) => Err(Error::failed(why)),
-        End::Forced(why) => Err(
-            Error::failed(format!("guest `{name}` was ended by force: {why}"))
-                .help("its disks are flushed, but it had no chance to unmount them"),
-        ),
+        End::Guest(Outcome::Failed(why)) => return failed(Error::failed(why)),
+        End::Forced(why) => {
+            let error = Error::failed(format!("guest `{name}` was ended by force: {why}"))
+                .help("its disks are flushed, but it had no chance to unmount them");
+            (How::Forced, Some(why), Err(error))
+        }
+    };
+    match closed {
+        Ok(()) => Ended { result, how, why },
+        // What may be lost comes before how that came about.
+        Err(error) => {
+            if let Err(first) = result {
+                messages::say(&first);
+            }
+            failed(error)
+        }
+    }
+}
+
+fn failed(error: Error) -> Ended {
+    Ended {
+        how: How::Failed,
+        why: Some(error.message().to_owned()),
+        result: Err(error),
     }
 }

@@ -1,27 +1,25 @@
 //! A vCPU: its registers at the start, its thread, and the exits that the thread handles.
 
-use std::cell::Cell;
-use std::ffi::{c_int, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::ptr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+mod gate;
+mod run;
+mod threads;
 
-use kvm_bindings::{
-    CpuId, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, Msrs,
-    kvm_fpu, kvm_msr_entry, kvm_run,
-};
-use kvm_ioctls::{Cap, Kvm, VcpuExit, VcpuFd};
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use std::sync::Arc;
+
+use kvm_bindings::{CpuId, Msrs, kvm_fpu, kvm_msr_entry};
+use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use super::boot::Entry;
 use super::cpuid::{self, Topology};
-use super::events::{Events, Outcome};
+use super::events::Events;
 use super::kvm::KvmVm;
 use super::{layout, memory};
 use crate::devices::bus::Bus;
 use crate::{Error, Result};
+
+pub(crate) use gate::Gate;
+pub(crate) use run::install_kick_handler;
+pub(crate) use threads::Vcpus;
 
 /// What a running vCPU needs: its VM, whose memory stays mapped while a vCPU can run, the buses
 /// that its exits go to, and where it reports the end of the VM.
@@ -166,193 +164,4 @@ fn set_lapic(fd: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
         lapic.regs[register + 2] = (lapic.regs[register + 2] as u8 & !0x1) as _;
     }
     fd.set_lapic(&lapic)
-}
-
-thread_local! {
-    /// The shared page of the vCPU that this thread runs, null in other threads.
-    static RUN_PAGE: Cell<*mut kvm_run> = const { Cell::new(ptr::null_mut()) };
-}
-
-/// The signal that gets a vCPU thread out of the guest.
-fn kick_signal() -> c_int {
-    SIGRTMIN()
-}
-
-/// Asks the vCPU of this thread to leave the guest, or not to enter it: whichever comes first,
-/// so that no kick is lost between a look at the stop flag and KVM_RUN.
-extern "C" fn on_kick(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
-    let page = RUN_PAGE.get();
-    if !page.is_null() {
-        // SAFETY: the pointer is set only while this very thread owns the vCPU whose page it is
-        // (see `RunPage`); a one-byte volatile store is all that happens, which the kernel reads.
-        unsafe { ptr::write_volatile(&raw mut (*page).immediate_exit, 1) };
-    }
-}
-
-/// Installs the handler of the kick signal, once a process.
-pub(crate) fn install_kick_handler() -> Result<()> {
-    // Blocked, as some parents leave all signals, it would never get a vCPU out of the guest.
-    crate::signals::unblock([kick_signal()]);
-    register_signal_handler(kick_signal(), on_kick)
-        .map_err(|error| Error::failed(format!("cannot install a signal handler: {error}")))
-}
-
-/// Publishes a vCPU's shared page to the signal handler for as long as it lives.
-struct RunPage;
-
-impl RunPage {
-    fn publish(fd: &mut VcpuFd) -> RunPage {
-        RUN_PAGE.set(fd.get_kvm_run());
-        RunPage
-    }
-}
-
-impl Drop for RunPage {
-    fn drop(&mut self) {
-        RUN_PAGE.set(ptr::null_mut());
-    }
-}
-
-/// The running vCPUs of a VM.
-pub(crate) struct Vcpus {
-    threads: Vec<JoinHandle<()>>,
-    stop: Arc<AtomicBool>,
-}
-
-impl Vcpus {
-    /// Starts a thread for each vCPU. The first one, which alone has something to run, starts
-    /// last: the guest runs only once all threads are there.
-    pub(crate) fn start(fds: Vec<VcpuFd>, world: World) -> Result<Vcpus> {
-        let world = Arc::new(world);
-        let mut vcpus = Vcpus {
-            threads: Vec::with_capacity(fds.len()),
-            stop: Arc::new(AtomicBool::new(false)),
-        };
-        for (id, fd) in fds.into_iter().enumerate().rev() {
-            let (world, stop) = (Arc::clone(&world), Arc::clone(&vcpus.stop));
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{id}"))
-                .stack_size(256 << 10)
-                .spawn(move || run_reporting(id, fd, &world, &stop))
-                .map_err(|error| {
-                    Error::failed(format!("cannot start the thread of vCPU {id}: {error}"))
-                        .help("raise the limit on threads (`ulimit -u`)")
-                })?;
-            vcpus.threads.push(thread);
-        }
-        Ok(vcpus)
-    }
-
-    /// Stops all vCPUs. When it returns, none runs guest code any more.
-    pub(crate) fn stop(mut self) {
-        self.stop_threads();
-    }
-
-    fn stop_threads(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
-        for thread in &self.threads {
-            if let Err(error) = thread.kill(kick_signal()) {
-                tracing::warn!("cannot signal a vCPU thread: {error}");
-            }
-        }
-        for thread in self.threads.drain(..) {
-            // It catches its own panics, and has reported them.
-            let _ = thread.join();
-        }
-    }
-}
-
-impl Drop for Vcpus {
-    fn drop(&mut self) {
-        self.stop_threads();
-    }
-}
-
-/// Runs a vCPU until it is stopped. Whatever else ends it ends the VM.
-fn run_reporting(id: usize, mut fd: VcpuFd, world: &World, stop: &AtomicBool) {
-    let ran = catch_unwind(AssertUnwindSafe(|| {
-        let page = RunPage::publish(&mut fd);
-        let ended = run(id, &mut fd, world, stop);
-        drop(page);
-        ended
-    }));
-    let outcome =
-        ran.unwrap_or_else(|_| Some(Outcome::Failed(format!("the thread of vCPU {id} panicked"))));
-    if let Some(outcome) = outcome {
-        world.events.end(outcome);
-    }
-}
-
-/// Enters the guest until the vCPU is stopped (`None`) or cannot go on.
-fn run(id: usize, fd: &mut VcpuFd, world: &World, stop: &AtomicBool) -> Option<Outcome> {
-    while !stop.load(Ordering::SeqCst) {
-        match fd.run() {
-            // A string instruction brings several accesses of one width in one exit.
-            Ok(VcpuExit::IoOut(port, data)) => {
-                for access in data.chunks(port_access_len()) {
-                    world.ports.write(u64::from(port), access);
-                }
-            }
-            Ok(VcpuExit::IoIn(port, data)) => {
-                for access in data.chunks_mut(port_access_len()) {
-                    world.ports.read(u64::from(port), access);
-                }
-            }
-            Ok(VcpuExit::MmioWrite(address, data)) => world.memory.write(address, data),
-            Ok(VcpuExit::MmioRead(address, data)) => world.memory.read(address, data),
-            Ok(VcpuExit::Shutdown) => return Some(Outcome::Crash),
-            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
-                return Some(Outcome::PowerOff);
-            }
-            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => return Some(Outcome::Reboot),
-            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => return Some(Outcome::Panic),
-            // HLT is KVM's business (its interrupt controllers are in the kernel); an exit for
-            // it, or for a signal, is no event.
-            Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
-            Ok(VcpuExit::FailEntry(reason, cpu)) => {
-                return Some(Outcome::Failed(format!(
-                    "KVM could not enter the guest on vCPU {id}: hardware reason {reason:#x} on host CPU {cpu}"
-                )));
-            }
-            Ok(VcpuExit::InternalError) => {
-                let place = instruction_pointer(fd);
-                return Some(Outcome::Failed(format!(
-                    "KVM could not emulate what vCPU {id} does at {place}"
-                )));
-            }
-            Ok(other) => {
-                let what = format!("{other:?}");
-                return Some(Outcome::Failed(format!(
-                    "vCPU {id} left the guest for a reason that is not supported: {what}"
-                )));
-            }
-            Err(error) if error.errno() == libc::EINTR => fd.set_kvm_immediate_exit(0),
-            Err(error) if error.errno() == libc::EAGAIN => {}
-            Err(error) => {
-                return Some(Outcome::Failed(format!(
-                    "KVM cannot run vCPU {id}: {error}"
-                )));
-            }
-        }
-    }
-    None
-}
-
-/// The width in bytes of the port accesses that this thread's vCPU has just left the guest for.
-fn port_access_len() -> usize {
-    let page = RUN_PAGE.get();
-    if page.is_null() {
-        return 1;
-    }
-    // SAFETY: the page is this thread's vCPU's (see `RunPage`). The kernel has filled this member
-    // of the union in for the exit that is being handled, and every bit pattern of it is valid.
-    let len = unsafe { (*page).__bindgen_anon_1.io.size };
-    usize::from(len).max(1)
-}
-
-fn instruction_pointer(fd: &VcpuFd) -> String {
-    match fd.get_regs() {
-        Ok(regs) => format!("instruction {:#x}", regs.rip),
-        Err(error) => format!("an instruction that it does not tell ({error})"),
-    }
 }

@@ -104,6 +104,11 @@ pub(crate) fn spin() -> Vec<u8> {
     vec![0xeb, 0xfe]
 }
 
+/// Does nothing for about a millisecond.
+pub(crate) fn spin_for_a_while() -> Vec<u8> {
+    vec![0xb9, 0x00, 0x00, 0x10, 0x00, 0xff, 0xc9, 0x75, 0xfc] // mov ecx, 1 << 20; dec ecx; jnz
+}
+
 /// Powers off through the ACPI sleep control register.
 pub(crate) fn power_off() -> Vec<u8> {
     [out(0x600, 5 << 2 | 1 << 5), halt()].concat()

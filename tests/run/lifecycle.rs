@@ -121,6 +121,7 @@ fn signals_that_the_parent_has_blocked_work() {
         .args(["--block-signal", env!("CARGO_BIN_EXE_launcher"), "up"])
         .arg("--force")
         .current_dir(folder.path(""))
+        .env("XDG_RUNTIME_DIR", folder.path(""))
         .stdin(std::process::Stdio::null());
     let vm = Vm::spawn(command.stdout(piped()).stderr(piped()));
     vm.out.wait_for("up\r\n", 1);
@@ -155,7 +156,10 @@ fn signals_that_the_parent_ignores_stay_ignored() {
     let launcher = env!("CARGO_BIN_EXE_launcher");
     let script = format!("trap '' HUP INT QUIT; exec {launcher} up --force");
     let mut shell = std::process::Command::new("sh");
-    shell.args(["-c", &script]).current_dir(folder.path(""));
+    shell
+        .args(["-c", &script])
+        .current_dir(folder.path(""))
+        .env("XDG_RUNTIME_DIR", folder.path(""));
     let piped = std::process::Stdio::piped;
     let mut vm = Vm::spawn(shell.stdin(piped()).stdout(piped()).stderr(piped()));
     vm.out.wait_for("up\r\n", 1);
@@ -199,7 +203,13 @@ fn a_disk_in_use_is_refused_with_its_place() {
     let folder = Folder::new(&[print("up\r\n"), halt()].concat(), disk);
     let first = folder.up();
     first.out.wait_for("up\r\n", 1);
-    let (code, said) = folder.up().end();
+    let toml = fs::read(folder.path("vm.toml")).unwrap();
+    fs::write(folder.path("other.toml"), toml).unwrap();
+    let mut command = folder.command();
+    command
+        .arg("other.toml")
+        .stderr(std::process::Stdio::piped());
+    let (code, said) = Vm::spawn(&mut command).end();
     assert!(matches!(code, 1 | 2), "{code}");
     assert!(said.contains("disk.raw"), "{said}");
 }
@@ -217,6 +227,7 @@ fn thirty_disks_need_no_raised_limit_of_open_files() {
         shell
             .args(["-c", &script])
             .current_dir(folder.path(""))
+            .env("XDG_RUNTIME_DIR", folder.path(""))
             .stderr(std::process::Stdio::piped()),
     );
     assert_eq!(vm.end(), (0, String::new()));
@@ -261,6 +272,7 @@ fn a_full_disk_limit_is_the_guests_error_not_our_end() {
         shell
             .args(["-c", &script])
             .current_dir(folder.path(""))
+            .env("XDG_RUNTIME_DIR", folder.path(""))
             .stdin(std::process::Stdio::null())
             .stdout(std::process::Stdio::null())
             .stderr(std::process::Stdio::piped()),

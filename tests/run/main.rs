@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used, clippy::panic)]
 
+mod client;
 mod console;
+mod control;
+mod detach;
 mod kernel;
 mod lifecycle;
 mod terminal;

@@ -150,6 +150,7 @@ fn a_job_in_the_background_leaves_the_terminal_alone() {
     shell
         .args(["-c", &script])
         .current_dir(folder.path(""))
+        .env("XDG_RUNTIME_DIR", folder.path(""))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let mut vm = terminal.up(&mut shell);
@@ -182,6 +183,7 @@ fn a_vm_moved_to_the_background_leaves_the_terminal_alone() {
     shell
         .args(["-c", &script])
         .current_dir(folder.path(""))
+        .env("XDG_RUNTIME_DIR", folder.path(""))
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let mut vm = terminal.up(&mut shell);

@@ -49,10 +49,17 @@ impl Folder {
             .args(["up", "--force"])
             .current_dir(self.0.path())
             .env_remove("LAUNCHER_LOG")
+            .env("XDG_RUNTIME_DIR", self.0.path())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         command
+    }
+
+    /// The folder of its VM, once there is one.
+    pub(crate) fn place(&self) -> Option<PathBuf> {
+        let mut places = fs::read_dir(self.path("launcher")).ok()?;
+        Some(places.next()?.ok()?.path())
     }
 
     /// Starts it with pipes on all ends.
@@ -100,6 +107,11 @@ impl Printed {
             }
         });
         printed
+    }
+
+    /// What there is of it.
+    pub(crate) fn so_far(&self) -> String {
+        self.until("anything", |_, _| true)
     }
 
     /// All of it, once it has come to its end.

@@ -1,13 +1,16 @@
-//! The serial console on standard input and output.
+//! The guest's output on its way to one place.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
+
+use super::kept_log::KeptLog;
 
 /// Output that waits for a reader at most, in bytes; more is dropped, and the reader told.
 const OUTPUT_LIMIT: usize = 1 << 20;
@@ -17,19 +20,13 @@ const GATHER: Duration = Duration::from_millis(1);
 const ENOUGH: usize = 4096;
 /// What is written at once, in bytes: each piece that is taken is a sign of a living reader.
 const PIECE: usize = 4096;
-/// How long the last output may take to be written without any progress.
-const LAST_OUTPUT: Duration = Duration::from_secs(2);
 
 /// The guest's output on its way to one place, written by a thread of its own so that a slow
 /// reader holds up neither the guest nor the other places.
-pub(crate) struct Output {
+pub(super) struct Output {
     shared: Arc<Shared>,
     thread: JoinHandle<()>,
 }
-
-/// The end that the serial port writes to: all outputs at once. It never blocks.
-#[derive(Clone)]
-pub(crate) struct OutputSink(Vec<Arc<Shared>>);
 
 /// Where an output goes.
 pub(crate) enum Outlet {
@@ -37,6 +34,10 @@ pub(crate) enum Outlet {
     Stdout,
     /// The file `console.log`.
     Log(File),
+    /// The log in the VM's folder.
+    Kept(KeptLog),
+    /// A connection.
+    Attachment(UnixStream),
 }
 
 #[derive(Default)]
@@ -61,7 +62,7 @@ struct Pending {
 
 impl Output {
     /// Starts writing to `outlet`.
-    pub(crate) fn start(outlet: Outlet) -> io::Result<Output> {
+    pub(super) fn start(outlet: Outlet) -> io::Result<Output> {
         let shared = Arc::<Shared>::default();
         let for_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
@@ -71,45 +72,25 @@ impl Output {
         Ok(Output { shared, thread })
     }
 
-    /// Writes what is pending and ends, all outputs at once. A reader that takes nothing for two
-    /// seconds is left.
-    pub(crate) fn close(outputs: Vec<Output>) {
-        for output in &outputs {
-            output.shared.lock().closing = true;
-            output.shared.arrived.notify_one();
-        }
-        for Output { shared, thread } in outputs {
-            // One that hangs in a write ends with the process.
-            if shared.finish() {
-                // It is done; a panic in it has been reported.
-                let _ = thread.join();
-            }
-        }
-    }
-}
-
-impl OutputSink {
-    /// A sink for all of `outputs`.
-    pub(crate) fn to(outputs: &[Output]) -> OutputSink {
-        OutputSink(
-            outputs
-                .iter()
-                .map(|output| Arc::clone(&output.shared))
-                .collect(),
-        )
-    }
-}
-
-impl Write for OutputSink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        for output in &self.0 {
-            output.push(bytes);
-        }
-        Ok(bytes.len())
+    /// Takes output. It never blocks.
+    pub(super) fn push(&self, bytes: &[u8]) {
+        self.shared.push(bytes);
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
+    /// Tells that no more output will come.
+    pub(super) fn end(&self) {
+        self.shared.lock().closing = true;
+        self.shared.arrived.notify_one();
+    }
+
+    /// After [`Output::end`]: waits until all is written. A reader that takes nothing for as long
+    /// as `patience` is left.
+    pub(super) fn finish(self, patience: Duration) {
+        // One that hangs in a write ends with the process.
+        if self.shared.finish(patience) {
+            // It is done; a panic in it has been reported.
+            let _ = self.thread.join();
+        }
     }
 }
 
@@ -133,11 +114,11 @@ impl Shared {
         }
     }
 
-    /// Waits until all is written: false if there was no progress for two seconds.
-    fn finish(&self) -> bool {
+    /// Waits until all is written: false if there was no progress for so long.
+    fn finish(&self, patience: Duration) -> bool {
         let mut pending = self.lock();
         let mut progress = pending.progress;
-        let mut deadline = Instant::now() + LAST_OUTPUT;
+        let mut deadline = Instant::now() + patience;
         while !pending.done {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -149,7 +130,7 @@ impl Shared {
             };
             if pending.progress != progress {
                 progress = pending.progress;
-                deadline = Instant::now() + LAST_OUTPUT;
+                deadline = Instant::now() + patience;
             }
         }
         true
@@ -212,6 +193,11 @@ impl Outlet {
             Outlet::Log(file) => file.write_all(bytes).inspect_err(|error| {
                 tracing::error!("`console.log` cannot be written any more: {error}");
             }),
+            Outlet::Kept(log) => log.write(bytes).inspect_err(|error| {
+                tracing::error!("the console's log cannot be written any more: {error}");
+            }),
+            // It is gone: whoever reads from it finds out as well.
+            Outlet::Attachment(stream) => stream.write_all(bytes),
         }
     }
 }
@@ -237,46 +223,6 @@ fn write_stdout(mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// What the user's keys ask for, besides being the guest's input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Hotkey {
-    /// Press the power button.
-    PowerButton,
-    /// End the VM.
-    End,
-}
-
-/// Finds `Ctrl-]` among the keys: once it presses the power button, twice within three seconds
-/// it ends the VM.
-#[derive(Default)]
-pub(crate) struct Hotkeys {
-    pressed: Option<Instant>,
-}
-
-impl Hotkeys {
-    const KEY: u8 = 0x1d;
-    const TWICE_WITHIN: Duration = Duration::from_secs(3);
-
-    /// Takes the hot key out of `input`, read at `now`.
-    pub(crate) fn take(&mut self, input: &mut Vec<u8>, now: Instant) -> Option<Hotkey> {
-        let before = input.len();
-        input.retain(|&byte| byte != Self::KEY);
-        let presses = before - input.len();
-        if presses == 0 {
-            return None;
-        }
-        let again = self
-            .pressed
-            .is_some_and(|then| now.duration_since(then) <= Self::TWICE_WITHIN);
-        self.pressed = Some(now);
-        Some(if again || presses > 1 {
-            Hotkey::End
-        } else {
-            Hotkey::PowerButton
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Seek};
@@ -287,11 +233,11 @@ mod tests {
     fn everything_written_before_the_close_is_in_the_log() {
         let mut log = tempfile::tempfile().unwrap();
         let output = Output::start(Outlet::Log(log.try_clone().unwrap())).unwrap();
-        let mut sink = OutputSink::to(std::slice::from_ref(&output));
         for line in 0..1000 {
-            write!(sink, "line {line}\r\n").unwrap();
+            output.push(format!("line {line}\r\n").as_bytes());
         }
-        Output::close(vec![output]);
+        output.end();
+        output.finish(Duration::from_secs(20));
         let mut text = String::new();
         log.rewind().unwrap();
         log.read_to_string(&mut text).unwrap();
@@ -302,9 +248,8 @@ mod tests {
     #[test]
     fn output_without_a_reader_is_bounded_and_what_is_lost_is_counted() {
         let shared = Arc::<Shared>::default();
-        let mut sink = OutputSink(vec![Arc::clone(&shared)]);
         for _ in 0..OUTPUT_LIMIT / 1000 + 2 {
-            assert_eq!(sink.write(&[b'x'; 1000]).unwrap(), 1000);
+            shared.push(&[b'x'; 1000]);
         }
         let dropped = (OUTPUT_LIMIT / 1000 + 2) * 1000 - OUTPUT_LIMIT;
         assert_eq!(shared.lock().bytes.len(), OUTPUT_LIMIT);
@@ -312,23 +257,5 @@ mod tests {
         assert!(shared.next_batch(&mut batch));
         let note = format!("[launcher: {dropped} bytes of console output dropped]\r\n");
         assert!(String::from_utf8(batch).unwrap().ends_with(&note));
-    }
-
-    #[test]
-    fn one_hot_key_presses_the_button_and_two_within_three_seconds_end_the_vm() {
-        let (mut keys, start) = (Hotkeys::default(), Instant::now());
-        let mut press = |after: u64, keys_typed: &[u8]| {
-            let mut input = keys_typed.to_vec();
-            let hotkey = keys.take(&mut input, start + Duration::from_secs(after));
-            (hotkey, input)
-        };
-        assert_eq!(press(0, b"ls\r"), (None, b"ls\r".to_vec()));
-        assert_eq!(
-            press(0, b"a\x1db"),
-            (Some(Hotkey::PowerButton), b"ab".to_vec())
-        );
-        assert_eq!(press(4, b"\x1d"), (Some(Hotkey::PowerButton), vec![]));
-        assert_eq!(press(6, b"\x1d"), (Some(Hotkey::End), vec![]));
-        assert_eq!(press(20, b"\x1d\x1d"), (Some(Hotkey::End), vec![]));
     }
 }

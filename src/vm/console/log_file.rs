@@ -10,7 +10,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use crate::config::Vm;
 
 /// Opens the log to append to. A FIFO without a reader is an error, not a wait for one.
-pub(super) fn open(path: &Path) -> io::Result<File> {
+pub(crate) fn open(path: &Path) -> io::Result<File> {
     let log = OpenOptions::new()
         .create(true)
         .append(true)
@@ -21,7 +21,7 @@ pub(super) fn open(path: &Path) -> io::Result<File> {
 }
 
 /// The disk, kernel or initrd of the VM that this file is, by whatever name.
-pub(super) fn same_file<'a>(log: &File, config: &'a Vm) -> Option<&'a Path> {
+pub(crate) fn same_file<'a>(log: &File, config: &'a Vm) -> Option<&'a Path> {
     let log = log.metadata().ok().filter(Metadata::is_file)?;
     let same = |file: Metadata| (file.dev(), file.ino()) == (log.dev(), log.ino());
     let disks = config.block.iter().map(|block| &block.path);

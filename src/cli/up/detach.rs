@@ -1,0 +1,198 @@
+//! `launcher up --detach`: a process of its own runs the VM. Until the VM runs, it is bound to the
+//! one that started it: its errors and progress go to the same terminal, and they die together.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, PipeReader, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
+use rustix::io::FdFlags;
+use rustix::process::{Signal, set_parent_process_death_signal, setsid};
+
+use super::{Up, Wait};
+use crate::control::Place;
+use crate::{Error, Result, exit};
+
+/// What the detached process tells: its VM runs.
+const RUNNING: u8 = b'R';
+/// Its guest is up.
+const BOOTED: u8 = b'B';
+
+/// Starts the process and waits until its VM runs, or is up.
+pub(super) fn start(up: &Up) -> Result<u8> {
+    let (mut told, tell) = io::pipe().map_err(failed("make a pipe"))?;
+    let fd = tell.as_raw_fd();
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("launcher")
+        .args(["up", "--ready", &fd.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    if up.force {
+        command.arg("--force");
+    }
+    if let Some(name) = &up.name {
+        command.arg(format!("--name={name}"));
+    }
+    if let Some(socket) = &up.socket {
+        command.arg("--socket").arg(socket);
+    }
+    if let Some(vm) = &up.vm {
+        command.arg("--").arg(vm);
+    }
+    let begin = move || {
+        setsid()?;
+        set_parent_process_death_signal(Some(Signal::TERM))?;
+        // SAFETY: the pipe is open: the process that was forked has not closed it, nor does this.
+        let tell = unsafe { rustix::fd::BorrowedFd::borrow_raw(fd) };
+        rustix::io::fcntl_setfd(tell, FdFlags::empty())?;
+        Ok(())
+    };
+    // SAFETY: three system calls, which are async-signal-safe; nothing is allocated or locked.
+    unsafe { command.pre_exec(begin) };
+    let child = command.spawn().map_err(failed("start a process"))?;
+    drop(tell);
+    match next(&mut told, None)? {
+        Some(RUNNING) => {}
+        // It has told the user why.
+        _ => return ended(child),
+    }
+    match up.wait {
+        None => Ok(exit::DONE),
+        Some(Wait::Boot) => wait_for_boot(up, child, &mut told),
+    }
+}
+
+fn wait_for_boot(up: &Up, child: Child, told: &mut PipeReader) -> Result<u8> {
+    let logs = "`launcher logs` shows what it printed";
+    match next(told, Some(Instant::now() + up.wait_timeout))? {
+        Some(BOOTED) => Ok(exit::DONE),
+        Some(_) => Err(Error::failed(format!(
+            "the guest is not up after {:?}; it runs on",
+            up.wait_timeout
+        ))
+        .help(logs)),
+        None => {
+            let code = ended(child)?;
+            let mut error = Error::failed(format!(
+                "the guest ended before it was up, with exit code {code}"
+            ));
+            if code != exit::DONE {
+                error.exit = code;
+            }
+            Err(error.help(logs))
+        }
+    }
+}
+
+/// The next thing told: `None` at the end of the process, 0 when time is up.
+fn next(told: &mut PipeReader, deadline: Option<Instant>) -> Result<Option<u8>> {
+    loop {
+        let left = deadline.map(|deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            Timespec {
+                tv_sec: left.as_secs() as _,
+                tv_nsec: left.subsec_nanos().into(),
+            }
+        });
+        let mut fds = [PollFd::new(told, PollFlags::IN)];
+        match poll(&mut fds, left.as_ref()) {
+            Ok(0) => return Ok(Some(0)),
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(errno) => return Err(failed("wait for a process")(errno.into())),
+        }
+        let mut byte = [0];
+        match told.read(&mut byte) {
+            Ok(0) => return Ok(None),
+            Ok(_) => return Ok(Some(byte[0])),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(failed("read from a pipe")(error)),
+        }
+    }
+}
+
+/// The exit code of the detached process.
+fn ended(mut child: Child) -> Result<u8> {
+    let status = child.wait().map_err(failed("wait for a process"))?;
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Ok(u8::try_from(code).unwrap_or(exit::FAILED)),
+        (None, signal) => Err(Error::failed(format!(
+            "the VM's process was killed by signal {}",
+            signal.unwrap_or_default()
+        ))),
+    }
+}
+
+/// In the detached process: who waits for its VM.
+pub(super) struct Ready(File);
+
+impl Ready {
+    /// The pipe that was handed over.
+    pub(super) fn inherited(fd: i32) -> Result<Ready> {
+        let wrong = || Error::usage("--ready is for `launcher up --detach` to use");
+        // SAFETY: fcntl(F_GETFL) of a number that is no open file is an error, and no more.
+        if fd <= libc::STDERR_FILENO || unsafe { libc::fcntl(fd, libc::F_GETFL) } == -1 {
+            return Err(wrong());
+        }
+        // SAFETY: it is open, and in the process that the pipe was made for nobody else has it:
+        // this is the first that it does.
+        let pipe = unsafe { OwnedFd::from_raw_fd(fd) };
+        let stat = rustix::fs::fstat(&pipe).map_err(|_| wrong())?;
+        if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_fifo() {
+            // It is somebody else's after all.
+            std::mem::forget(pipe);
+            return Err(wrong());
+        }
+        rustix::io::fcntl_setfd(&pipe, FdFlags::CLOEXEC).map_err(|_| wrong())?;
+        // "exe", after the file that was executed, would tell nobody anything.
+        let _ = rustix::thread::set_name(c"launcher");
+        Ok(Ready(pipe.into()))
+    }
+
+    /// The VM runs: from here on this process is on its own, and its messages go to a file.
+    pub(super) fn running(mut self, place: &Place) -> Result<Waiting> {
+        let path = place.launcher_log();
+        let log = log(&path)
+            .map_err(|error| Error::failed(format!("cannot create {}: {error}", path.display())))?;
+        set_parent_process_death_signal(None)
+            .map_err(|errno| failed("leave the process that started it")(errno.into()))?;
+        let told = self.0.write_all(&[RUNNING]);
+        told.map_err(|_| Error::failed("whoever started this VM is gone"))?;
+        rustix::stdio::dup2_stderr(&log).map_err(|errno| failed("open its log")(errno.into()))?;
+        Ok(Waiting(self.0))
+    }
+}
+
+/// Somebody may wait for the guest to be up.
+pub(super) struct Waiting(File);
+
+impl Waiting {
+    /// It is.
+    pub(super) fn booted(mut self) {
+        // Nobody has waited: then nobody misses it.
+        let _ = self.0.write_all(&[BOOTED]);
+    }
+}
+
+/// The file for messages; what an earlier VM has left becomes the older one.
+fn log(path: &std::path::Path) -> io::Result<File> {
+    if fs::symlink_metadata(path).is_ok_and(|meta| meta.len() > 0) {
+        fs::rename(path, path.with_extension("log.1"))?;
+    }
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
+        .open(path)
+}
+
+fn failed(what: &'static str) -> impl Fn(io::Error) -> Error {
+    move |error| Error::failed(format!("cannot {what}: {error}"))
+}
