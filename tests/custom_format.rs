@@ -23,6 +23,7 @@ fn example(folder: &Path, arguments: &[&str]) -> Output {
         .args(arguments)
         .current_dir(folder)
         .env_remove("LAUNCHER_LOG")
+        .env("XDG_RUNTIME_DIR", folder)
         .stdin(Stdio::null())
         .output()
         .unwrap()

@@ -165,7 +165,10 @@ impl Folder {
         };
         self.write("vm.toml", toml);
         let mut command = Command::new(launcher());
-        command.args(["up", "vm.toml"]).current_dir(self.0.path());
+        command
+            .args(["up", "vm.toml"])
+            .current_dir(self.0.path())
+            .env("XDG_RUNTIME_DIR", self.0.path());
         command
     }
 

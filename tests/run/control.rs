@@ -435,3 +435,63 @@ fn another_socket_serves_as_well() {
     assert_eq!(Client::at(&socket).unwrap().status()["pid"], vm.id());
     assert_eq!(Client::of(&folder).status()["pid"], vm.id());
 }
+
+/// A loop device over a file; it goes with this.
+struct Loop(String);
+
+impl Loop {
+    /// Only root may have one.
+    fn over(file: &std::path::Path) -> Option<Loop> {
+        let mut losetup = std::process::Command::new("losetup");
+        let output = losetup.args(["--find", "--show"]).arg(file).output().ok()?;
+        let name = String::from_utf8(output.stdout).unwrap().trim().to_owned();
+        output.status.success().then_some(Loop(name))
+    }
+
+    fn losetup(&self, option: &str) {
+        let mut losetup = std::process::Command::new("losetup");
+        assert!(losetup.args([option, &self.0]).status().unwrap().success());
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        self.losetup("--detach");
+    }
+}
+
+#[test]
+fn a_host_block_device_that_has_grown_is_read_again_without_a_size() {
+    let folder = Folder::new(&[print("up\r\n"), spin()].concat(), "");
+    let behind = folder.path("behind");
+    fs::write(&behind, [0; 1 << 20]).unwrap();
+    let Some(device) = Loop::over(&behind) else {
+        return;
+    };
+    let toml = fs::read_to_string(folder.path("vm.toml")).unwrap();
+    let toml = format!(
+        "{toml}[[block]]\npath = \"{}\"\nformat = \"raw\"\n",
+        device.0
+    );
+    fs::write(folder.path("vm.toml"), toml).unwrap();
+    let mut vm = folder.up();
+    vm.out.wait_for("up", 1);
+    let mut client = Client::of(&folder);
+    let reread = r#"{"command":"resize","arguments":{"disk":"0"}}"#;
+    assert_eq!(client.ask(reread)["ok"]["to"], 1 << 20);
+    fs::File::options()
+        .write(true)
+        .open(&behind)
+        .unwrap()
+        .set_len(3 << 20)
+        .unwrap();
+    device.losetup("--set-capacity");
+    let other = r#"{"command":"resize","arguments":{"disk":"0","size":"2MiB"}}"#;
+    let failed = client.ask(other);
+    assert_eq!(failed["error"]["kind"], "unsupported", "{failed}");
+    assert_eq!(client.ask(reread)["ok"]["to"], 3 << 20);
+    assert_eq!(client.status()["disks"][0]["size"], 3 << 20);
+    assert!(client.status()["disks"][0]["host_size"].is_null());
+    client.order("kill");
+    vm.exit();
+}

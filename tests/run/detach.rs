@@ -19,9 +19,23 @@ fn detach(folder: &Folder, arguments: &[&str]) -> (i32, String) {
     Vm::spawn(&mut command).end()
 }
 
+/// Whatever becomes of the test, no VM is left.
+struct Left<'a>(&'a Folder);
+
+impl Drop for Left<'_> {
+    fn drop(&mut self) {
+        let place = self.0.place();
+        let client = place.and_then(|place| Client::at(&place.join("control.sock")));
+        if let Some(mut client) = client {
+            client.order("kill");
+        }
+    }
+}
+
 #[test]
 fn it_returns_when_the_vm_runs_which_goes_on_alone() {
     let folder = Folder::new(&[print("hello\r\n"), echo()].concat(), "");
+    let _left = Left(&folder);
     assert_eq!(detach(&folder, &[]), (0, String::new()));
     let mut client = Client::of(&folder);
     let status = client.status();
@@ -84,10 +98,9 @@ fn an_error_of_the_start_is_shown_and_is_the_exit_code() {
 #[test]
 fn wait_boot_returns_when_the_guest_is_up() {
     let folder = Folder::new(&[print("host login: "), halt()].concat(), "");
+    let _left = Left(&folder);
     assert_eq!(detach(&folder, &["--wait", "boot"]), (0, String::new()));
-    let mut client = Client::of(&folder);
-    assert_eq!(client.status()["booted"], true);
-    client.order("kill");
+    assert_eq!(Client::of(&folder).status()["booted"], true);
 }
 
 #[test]
@@ -103,10 +116,11 @@ fn wait_boot_tells_of_a_guest_that_ends_before() {
 #[test]
 fn wait_boot_has_an_end_and_the_guest_runs_on() {
     let folder = Folder::new(&[print("no prompt\r\n"), halt()].concat(), "");
+    let _left = Left(&folder);
     let began = Instant::now();
     let (exit, said) = detach(&folder, &["--wait", "boot", "--wait-timeout", "300ms"]);
     assert_eq!(exit, 1);
     assert!(said.contains("is not up after 300ms; it runs on"), "{said}");
     assert!(began.elapsed() >= Duration::from_millis(300));
-    Client::of(&folder).order("kill");
+    assert_eq!(Client::of(&folder).status()["state"], "running");
 }

@@ -7,7 +7,7 @@ mod status;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -16,7 +16,7 @@ use super::devices::Devices;
 use super::life::Life;
 use crate::config::{Block, Vm};
 use crate::control::Subject;
-use crate::control::messages::{Event, Failure, FailureKind, Order, Progress, Status};
+use crate::control::messages::{Event, Failure, FailureKind, Order, Progress, State, Status};
 use crate::devices::virtio::blk::BlkHandle;
 
 pub(crate) use orders::{Answer, Ask, Asked, Inbox, Orders, channel};
@@ -80,10 +80,19 @@ impl Control {
     /// Has the vCPUs stand still: when it returns, none runs.
     fn pause(&self) -> Result<(), Failure> {
         self.orders.ask(Ask::Pause)?;
-        let gate = self.life.gate();
-        if gate.is_some_and(|gate| gate.wait_until_paused(PATIENCE)) {
-            self.life.publish(Event::Paused);
-            return Ok(());
+        let deadline = Instant::now() + PATIENCE;
+        while self.life.state() == State::Paused {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let gate = self.life.gate();
+            if gate.is_some_and(|gate| gate.wait_until_paused(left)) {
+                self.life.publish(Event::Paused);
+                return Ok(());
+            }
+            if left.is_zero() {
+                break;
+            }
+            // The guest reboots at this moment: the next machine begins paused.
+            std::thread::sleep(Duration::from_millis(5));
         }
         // Somebody else may have resumed it, or the VM is ending: then that is how it is.
         let _ = self.orders.ask(Ask::Resume);

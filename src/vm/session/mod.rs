@@ -105,14 +105,15 @@ impl Session {
         let mut waiting: Option<SyncSender<Answer>> = None;
         loop {
             let sink = self.console.as_ref().map(Console::sink);
+            if running.is_none() {
+                // Before it can be up again.
+                self.life.publish(Event::Rebooted);
+            }
             let machine = loaded.start(devices.all(), sink, self.paused)?;
             self.life.set_gate(machine.gate());
             let turn = match running.take() {
                 Some(running) => running(),
-                None => {
-                    self.life.publish(Event::Rebooted);
-                    Ok(())
-                }
+                None => Ok(()),
             };
             if let Some(waiting) = waiting.take() {
                 let _ = waiting.send(Ok(()));

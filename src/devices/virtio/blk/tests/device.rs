@@ -1,5 +1,7 @@
 //! What the device offers, and how the two sides notify each other.
 
+use std::time::Duration;
+
 use super::fake::boot;
 use super::*;
 
@@ -373,6 +375,15 @@ fn counters_tell_what_the_disk_has_done() {
         (1, 1)
     );
     assert_eq!(counters.write_zeroes.value(), 1);
+    for latency in [
+        &counters.read_latency,
+        &counters.write_latency,
+        &counters.flush_latency,
+    ] {
+        let times = latency.percentiles();
+        assert!(times.p50 > Duration::ZERO && times.p50 <= times.max);
+        assert!(times.max < Duration::from_secs(60));
+    }
     assert_eq!(
         (counters.refused.value(), counters.host_errors.value()),
         (1, 1)
