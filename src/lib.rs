@@ -11,6 +11,7 @@ mod error;
 pub mod exit;
 pub mod messages;
 mod progress;
+pub(crate) mod resize;
 mod signals;
 pub mod terminal;
 pub mod vm;

@@ -1,4 +1,4 @@
-//! What the user sees while a disk is allocated.
+//! What the user sees while a disk is allocated, or checked.
 
 use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
@@ -14,15 +14,45 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// For [`formats::Ring::on_progress`]: a bar on standard error if that is a terminal, otherwise
 /// one line. Both come after a second; the bar goes when the hook is dropped.
 pub(crate) fn hook() -> impl Fn(&Progress<'_>) {
+    shown(&ALLOCATING)
+}
+
+/// As [`hook`], for a check: what is done is counted in L2 tables, not bytes.
+pub(crate) fn checking() -> impl Fn(&Progress<'_>) {
+    shown(&CHECKING)
+}
+
+/// What takes long.
+struct Task {
+    /// For [`ProgressStyle`].
+    style: &'static str,
+    /// The line where there is no terminal.
+    line: fn(&Progress<'_>) -> String,
+}
+
+static ALLOCATING: Task = Task {
+    style: "allocating {prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}{msg}",
+    line: |progress| {
+        let mib = progress.total.div_ceil(1 << 20);
+        format!("launcher: allocating {mib} MiB for {}", name(progress.path))
+    },
+};
+
+static CHECKING: Task = Task {
+    style: "checking {prefix} [{bar:30}] {pos} of {len} L2 tables{msg}",
+    line: |progress| format!("launcher: checking {}", name(progress.path)),
+};
+
+fn shown(task: &'static Task) -> impl Fn(&Progress<'_>) {
     let terminal = io::stderr().is_terminal();
-    let bar = Bar::new(ProgressDrawTarget::stderr);
+    let bar = Bar::new(task, ProgressDrawTarget::stderr);
     let line = OnceCell::new();
     move |progress| {
         if terminal {
             bar.show(progress);
         } else if late(progress) && line.set(()).is_ok() {
             // Nobody is left to tell if standard error is gone.
-            let _ = writeln!(io::stderr(), "{}", told(progress));
+            let _ = writeln!(io::stderr(), "{}", (task.line)(progress));
         }
     }
 }
@@ -30,12 +60,6 @@ pub(crate) fn hook() -> impl Fn(&Progress<'_>) {
 /// Whether it has taken long enough to be shown, and is not done.
 fn late(progress: &Progress<'_>) -> bool {
     progress.elapsed >= PATIENCE && progress.done < progress.total
-}
-
-/// The line where there is no terminal.
-fn told(progress: &Progress<'_>) -> String {
-    let mib = progress.total.div_ceil(1 << 20);
-    format!("launcher: allocating {mib} MiB for {}", name(progress.path))
 }
 
 /// A file's name, harmless on a terminal.
@@ -46,13 +70,15 @@ fn name(path: &Path) -> String {
 
 /// A bar that is there from the second on until it is dropped.
 struct Bar {
+    task: &'static Task,
     target: fn() -> ProgressDrawTarget,
     shown: OnceCell<ProgressBar>,
 }
 
 impl Bar {
-    fn new(target: fn() -> ProgressDrawTarget) -> Self {
+    fn new(task: &'static Task, target: fn() -> ProgressDrawTarget) -> Self {
         Bar {
+            task,
             target,
             shown: OnceCell::new(),
         }
@@ -63,9 +89,7 @@ impl Bar {
             return;
         }
         let bar = self.shown.get_or_init(|| {
-            let style =
-                "allocating {prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}{msg}";
-            let style = ProgressStyle::with_template(style)
+            let style = ProgressStyle::with_template(self.task.style)
                 .unwrap_or_else(|_| ProgressStyle::default_bar());
             ProgressBar::with_draw_target(Some(progress.total), (self.target)())
                 .with_style(style.progress_chars("=> "))
@@ -145,7 +169,9 @@ mod tests {
     }
 
     fn terminal() -> Bar {
-        Bar::new(|| ProgressDrawTarget::term_like(Box::new(Terminal)))
+        Bar::new(&ALLOCATING, || {
+            ProgressDrawTarget::term_like(Box::new(Terminal))
+        })
     }
 
     fn shown() -> String {
@@ -187,9 +213,25 @@ mod tests {
     }
 
     #[test]
+    fn a_check_counts_tables() {
+        let bar = Bar::new(&CHECKING, || {
+            ProgressDrawTarget::term_like(Box::new(Terminal))
+        });
+        bar.show(&Progress {
+            path: Path::new("a.qcow2"),
+            done: 3,
+            total: 12,
+            elapsed: Duration::from_secs(2),
+        });
+        let line = shown();
+        assert!(line.starts_with("checking a.qcow2 [====="), "{line:?}");
+        assert!(line.ends_with("3 of 12 L2 tables, 6s left"), "{line:?}");
+    }
+
+    #[test]
     fn a_line_names_file_and_size() {
         assert_eq!(
-            told(&progress(1, 1000)),
+            (ALLOCATING.line)(&progress(1, 1000)),
             "launcher: allocating 4096 MiB for a\\u{1b}.img"
         );
     }

@@ -1,11 +1,22 @@
-//! The command line: one file a command.
+//! The command line: one file a command, or a few that are alike.
 
 mod check;
+mod completions;
+mod console;
+mod disk;
 mod doctor;
 mod formats;
 pub mod log;
+mod logs;
+mod man;
+mod orders;
 mod output;
+mod ps;
+mod span;
+mod status;
+mod target;
 mod up;
+mod wait;
 
 use std::ffi::OsString;
 use std::io;
@@ -31,9 +42,27 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Up(up::Up),
+    Ps(ps::Ps),
+    Status(status::Show),
+    Console(console::Console),
+    Logs(logs::Logs),
+    Stop(orders::Stop),
+    Kill(orders::Kill),
+    Reboot(orders::Reboot),
+    Pause(orders::Pause),
+    Resume(orders::Resume),
+    Wait(wait::Wait),
+    Disk(disk::Disk),
     Check(check::Check),
     Formats(formats::Formats),
     Doctor(doctor::Doctor),
+    Completions(completions::Completions),
+    Man(man::Man),
+}
+
+/// The command line as a whole: what manual, completions and reference are made of.
+pub fn command() -> clap::Command {
+    Cli::command().after_help(epilogue())
 }
 
 /// Parses the command line, does what it says and returns the exit code.
@@ -41,8 +70,7 @@ enum Command {
 /// Help and usage errors are printed here; any other error is the caller's to print.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<u8> {
     let large_files = ignore_file_size_signal();
-    let parsed = Cli::command()
-        .after_help(epilogue())
+    let parsed = command()
         .try_get_matches_from(arguments)
         .and_then(|matches| Cli::from_arg_matches(&matches));
     let cli = match parsed {
@@ -62,9 +90,22 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<u8> {
     }
     match cli.command {
         Command::Up(up) => up.run(),
+        Command::Ps(ps) => ps.run(),
+        Command::Status(status) => status.run(),
+        Command::Console(console) => console.run(),
+        Command::Logs(logs) => logs.run(),
+        Command::Stop(stop) => stop.run(),
+        Command::Kill(kill) => kill.run(),
+        Command::Reboot(reboot) => reboot.run(),
+        Command::Pause(pause) => pause.run(),
+        Command::Resume(resume) => resume.run(),
+        Command::Wait(wait) => wait.run(),
+        Command::Disk(disk) => disk.run(),
         Command::Check(check) => check.run(),
         Command::Formats(formats) => formats.run(),
         Command::Doctor(doctor) => doctor.run(),
+        Command::Completions(completions) => completions.run(),
+        Command::Man(man) => man.run(),
     }
 }
 
@@ -107,19 +148,23 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        Cli::command().debug_assert();
+        command().debug_assert();
     }
 
     #[test]
     fn every_help_ends_with_an_example() {
-        let mut cli = Cli::command().after_help(epilogue());
-        cli.build();
-        let all = cli.get_subcommands().cloned().chain([cli.clone()]);
-        for mut command in all.collect::<Vec<_>>() {
+        fn check(command: &mut clap::Command) {
             let help = command.render_long_help().to_string();
-            let (_, example) = help.rsplit_once("Example:\n").unwrap();
-            assert!(example.trim_start().starts_with("launcher "), "{help}");
+            let (_, examples) = help.rsplit_once("\nExample").unwrap();
+            let (_, examples) = examples.split_once(":\n").unwrap();
+            for example in examples.lines() {
+                assert!(example.starts_with("  launcher "), "{help}");
+            }
+            command.get_subcommands_mut().for_each(check);
         }
+        let mut cli = command();
+        cli.build();
+        check(&mut cli);
     }
 
     #[test]

@@ -128,9 +128,9 @@ fn owner(vm: &Vm) -> Owner {
 }
 
 /// The environment variable that sets how disks do their I/O.
-const VARIABLE: &str = "LAUNCHER_IO";
+pub(super) const VARIABLE: &str = "LAUNCHER_IO";
 
-fn engine(word: &str) -> Result<Engine> {
+pub(super) fn engine(word: &str) -> Result<Engine> {
     match word {
         "auto" | "" => Ok(Engine::Auto),
         "io_uring" => Ok(Engine::IoUring),

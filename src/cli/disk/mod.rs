@@ -1,0 +1,43 @@
+//! `launcher disk`: the images of VMs.
+
+mod check;
+mod create;
+mod image;
+mod info;
+mod list;
+mod look;
+mod resize;
+mod save;
+
+use clap::{Args, Subcommand};
+
+use crate::Result;
+
+/// Resize, list, create and check the disks of VMs
+#[derive(Args)]
+#[command(after_help = "Example:\n  launcher disk resize vm.toml 0 +1GiB")]
+pub(super) struct Disk {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    List(list::List),
+    Info(info::Info),
+    Resize(resize::Resize),
+    Create(create::Create),
+    Check(check::Check),
+}
+
+impl Disk {
+    pub(super) fn run(self) -> Result<u8> {
+        match self.command {
+            Command::List(list) => list.run(),
+            Command::Info(info) => info.run(),
+            Command::Resize(resize) => resize.run(),
+            Command::Create(create) => create.run(),
+            Command::Check(check) => check.run(),
+        }
+    }
+}

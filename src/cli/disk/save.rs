@@ -1,0 +1,218 @@
+//! Writing a disk's new size into the VM's file, which is the user's: everything else in it stays
+//! as it is.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::path::{Path, PathBuf};
+
+use toml_edit::{DocumentMut, Item, TableLike, Value};
+
+use super::image::text;
+use crate::config::size;
+use crate::{Error, Result};
+
+/// Sets the `size` of the disk `index` in a VM's file to `bytes`.
+///
+/// The file is whole at every instant, and keeps its mode; a symbolic link stays one.
+pub(super) fn save(file: &Path, index: usize, bytes: u64) -> Result<()> {
+    let failed = |error: &io::Error| {
+        let message = format!(
+            "cannot write the new size into {}: {}",
+            file.display(),
+            text(error)
+        );
+        let help = format!("write `size = \"{}\"` there yourself", size::show(bytes));
+        Error::failed(message).help(help)
+    };
+    let old = fs::read_to_string(file).map_err(|error| failed(&error))?;
+    let new = with_size(&old, index, bytes).ok_or_else(|| {
+        failed(&io::Error::other(format!(
+            "it has no disk {index} any more"
+        )))
+    })?;
+    match new == old {
+        true => Ok(()),
+        false => replace(file, &new).map_err(|error| failed(&error)),
+    }
+}
+
+/// The text of a VM's file with another size of a disk; none if there is no such disk.
+fn with_size(text: &str, index: usize, bytes: u64) -> Option<String> {
+    let (mark, body) = match text.strip_prefix('\u{feff}') {
+        Some(body) => ("\u{feff}", body),
+        None => ("", text),
+    };
+    let mut document: DocumentMut = body.parse().ok()?;
+    let (disk, braces): (&mut dyn TableLike, _) = match document.get_mut("block")? {
+        Item::ArrayOfTables(disks) => (disks.get_mut(index)?, false),
+        Item::Value(Value::Array(disks)) => (disks.get_mut(index)?.as_inline_table_mut()?, true),
+        _ => return None,
+    };
+    let mut value = match bytes.is_multiple_of(1024) && bytes > 0 {
+        true => Value::from(size::show(bytes)),
+        false => Value::from(i64::try_from(bytes).ok()?),
+    };
+    match disk.get_mut("size") {
+        Some(Item::Value(old)) => {
+            // The comment behind it is part of what surrounds a value.
+            *value.decor_mut() = old.decor().clone();
+            *old = value;
+        }
+        Some(_) => return None,
+        None => {
+            // In a table within braces, the blank before the closing one is behind the last value.
+            if let Some((_, Item::Value(last))) = disk.iter_mut().last()
+                && braces
+                && let Some(blank) = last.decor().suffix().cloned()
+            {
+                last.decor_mut().set_suffix("");
+                value.decor_mut().set_prefix(" ");
+                value.decor_mut().set_suffix(blank);
+            }
+            disk.insert("size", Item::Value(value));
+        }
+    }
+    // The library writes line feeds; a file with other line ends keeps them.
+    let new = document.to_string();
+    let new = match body.contains("\r\n") && !new.contains("\r\n") {
+        true => new.replace('\n', "\r\n"),
+        false => new,
+    };
+    Some(format!("{mark}{new}"))
+}
+
+/// Puts a text in the place of a file's, at once.
+fn replace(file: &Path, text: &str) -> io::Result<()> {
+    let file = fs::canonicalize(file)?;
+    let meta = fs::metadata(&file)?;
+    // Else a file that is not to be written would be exchanged all the same.
+    drop(File::options().write(true).open(&file)?);
+    let temporary = beside(&file)?;
+    let written = write(&temporary, &meta, text).and_then(|()| fs::rename(&temporary, &file));
+    if written.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    written?;
+    // The name is durable when its directory is. Some directories cannot be synchronised.
+    if let Some(directory) = file.parent().and_then(|parent| File::open(parent).ok()) {
+        let _ = directory.sync_all();
+    }
+    Ok(())
+}
+
+/// A name for a file in the same directory, of this process alone.
+fn beside(file: &Path) -> io::Result<PathBuf> {
+    let name = file.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+    let name = format!(".{}.{}", name.to_string_lossy(), std::process::id());
+    Ok(file.with_file_name(name))
+}
+
+fn write(path: &Path, like: &fs::Metadata, text: &str) -> io::Result<()> {
+    let mut new = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    new.write_all(text.as_bytes())?;
+    let own = new.metadata()?;
+    if (own.uid(), own.gid()) != (like.uid(), like.gid()) {
+        fchown(&new, Some(like.uid()), Some(like.gid()))?;
+    }
+    new.set_permissions(fs::Permissions::from_mode(like.mode() & 0o7777))?;
+    new.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn the_size_changes_and_nothing_else() {
+        let text = "# mine\nname = 'web'   # its name\n\n[[block]]\npath = \"a.img\" # first\n\
+                    size = \"1GiB\"   # grown in March\n# a note\nro = false\n\n\
+                    [block.qcow2]\ncluster_size = 65536\n\n[[block]]\npath = 'b.img'\n";
+        assert_eq!(
+            with_size(text, 0, 2 * GIB).unwrap(),
+            text.replace("\"1GiB\"", "\"2GiB\"")
+        );
+    }
+
+    #[test]
+    fn a_disk_without_a_size_gets_one() {
+        let text = "[[block]]\npath = 'a.img'\n[block.qcow2]\nversion = 3\n# more\n[[block]]\npath = 'b.img'\n";
+        let new = with_size(text, 0, 3 * GIB).unwrap();
+        assert!(new.starts_with("[[block]]\npath = 'a.img'\nsize = \"3GiB\"\n[block.qcow2]\n"));
+        let new = with_size(text, 1, 3 * GIB).unwrap();
+        assert!(new.ends_with("path = 'b.img'\nsize = \"3GiB\"\n"), "{new}");
+    }
+
+    #[test]
+    fn a_size_that_no_unit_fits_is_bytes() {
+        let new = with_size("[[block]]\nsize = 512\n", 0, 1536).unwrap();
+        assert_eq!(new, "[[block]]\nsize = 1536\n");
+    }
+
+    #[test]
+    fn disks_in_one_array_are_found_too() {
+        let text = "block = [{ path = 'a.img', size = 512 }, { path = 'b.img' }] # two\n";
+        assert_eq!(
+            with_size(text, 0, 2048).unwrap(),
+            text.replace("512", "\"2KiB\"")
+        );
+        assert!(
+            with_size(text, 1, 2048)
+                .unwrap()
+                .contains("'b.img', size = \"2KiB\" }] # two")
+        );
+    }
+
+    #[test]
+    fn line_ends_and_a_byte_order_mark_stay() {
+        let text = "\u{feff}[[block]]\r\npath = 'a.img'\r\nsize = 512\r\n";
+        assert_eq!(
+            with_size(text, 0, 2048).unwrap(),
+            text.replace("512", "\"2KiB\"")
+        );
+    }
+
+    #[test]
+    fn a_disk_that_is_not_there_is_none() {
+        assert_eq!(with_size("[[block]]\n", 1, 512), None);
+        assert_eq!(with_size("name = 'a'\n", 0, 512), None);
+        assert_eq!(with_size("block = 1\n", 0, 512), None);
+        assert_eq!(with_size("[[block]", 0, 512), None);
+    }
+
+    #[test]
+    fn a_link_stays_one_and_the_file_keeps_its_mode() {
+        let folder = tempfile::tempdir().unwrap();
+        let (real, link) = (
+            folder.path().join("real.toml"),
+            folder.path().join("vm.toml"),
+        );
+        fs::write(&real, "[[block]]\nsize = 512\n").unwrap();
+        fs::set_permissions(&real, fs::Permissions::from_mode(0o640)).unwrap();
+        std::os::unix::fs::symlink("real.toml", &link).unwrap();
+        save(&link, 0, 1 << 20).unwrap();
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(
+            fs::read_to_string(&real).unwrap(),
+            "[[block]]\nsize = \"1MiB\"\n"
+        );
+        assert_eq!(fs::metadata(&real).unwrap().mode() & 0o7777, 0o640);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_written_is_an_error_that_says_what_to_write() {
+        let error = save(Path::new("/no/such/vm.toml"), 0, GIB).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "error: cannot write the new size into /no/such/vm.toml: No such file or directory\n\
+             help: write `size = \"1GiB\"` there yourself"
+        );
+    }
+}

@@ -1,0 +1,462 @@
+//! What size a disk is to get: decided in one place for disks of running VMs and of others.
+//!
+//! Nothing here touches an image: [`decide`] says yes or no before anything is changed.
+
+use crate::config::size;
+use crate::control::messages::{Failure, FailureKind, Size};
+
+/// Largest size in bytes: the kernel's file offsets are signed.
+const LARGEST: u64 = i64::MAX as u64;
+
+/// A size that is asked for, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// This one.
+    To(u64),
+    /// So much on top of what the disk has.
+    By(u64),
+}
+
+impl Wanted {
+    /// Reads what a person writes: `8GiB`, `2147483648`, `+1GiB`.
+    ///
+    /// # Errors
+    ///
+    /// It is no size; the failure says how one is written.
+    pub(crate) fn parse(text: &str) -> Result<Wanted, Failure> {
+        let (more, number) = match text.strip_prefix('+') {
+            Some(number) => (true, number),
+            None => (false, text),
+        };
+        let bytes = size::parse(number).map_err(|advice| {
+            let shown: String = text.chars().take(40).collect();
+            let message =
+                format!("`size` is {shown:?}, expected a size such as 2147483648, 8GiB or +1GiB");
+            failure(FailureKind::Invalid, message).help(match text.strip_prefix('-') {
+                Some(_) => "name the size that is to be left, and add `--shrink`".to_owned(),
+                None => advice,
+            })
+        })?;
+        Ok(match more {
+            true => Wanted::By(bytes),
+            false => Wanted::To(bytes),
+        })
+    }
+}
+
+impl TryFrom<&Size> for Wanted {
+    type Error = Failure;
+
+    fn try_from(size: &Size) -> Result<Wanted, Failure> {
+        match size {
+            Size::Bytes(bytes) => Ok(Wanted::To(*bytes)),
+            Size::Text(text) => Wanted::parse(text),
+        }
+    }
+}
+
+/// A disk whose size is to change, as it is now.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Subject<'a> {
+    /// How the user names it: its index or `id`.
+    pub(crate) disk: &'a str,
+    /// Its image.
+    pub(crate) path: &'a std::path::Path,
+    /// Whether it may not be written.
+    pub(crate) ro: bool,
+    /// Whether what is written to it is dropped at the end.
+    pub(crate) ephemeral: bool,
+    /// The name of its format, if that has images of a fixed size.
+    pub(crate) fixed: Option<&'a str>,
+    /// Bytes of which its size is a multiple.
+    pub(crate) block_size: u32,
+    /// Bytes that it has.
+    pub(crate) size: u64,
+    /// Bytes that the host block device has now, if the disk is the device itself.
+    pub(crate) device: Option<u64>,
+    /// Whether a guest has it.
+    pub(crate) running: bool,
+}
+
+/// What the user has agreed to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Consent {
+    /// A smaller size is meant: what lies beyond it is lost.
+    pub(crate) shrink: bool,
+    /// Shrinks although a guest may use what is cut off.
+    pub(crate) force: bool,
+}
+
+/// The size in bytes that the disk is to get; the one that it has if nothing is to be done.
+///
+/// # Errors
+///
+/// It cannot or must not have that size.
+pub(crate) fn decide(
+    subject: &Subject<'_>,
+    wanted: Option<Wanted>,
+    consent: Consent,
+) -> Result<u64, Failure> {
+    changeable(subject)?;
+    let to = match (wanted, subject.device) {
+        (Some(Wanted::To(bytes)), _) => bytes,
+        (Some(Wanted::By(bytes)), _) => {
+            let sum = subject.size.checked_add(bytes);
+            sum.ok_or_else(|| too_large(subject, None))?
+        }
+        (None, Some(device)) => device,
+        (None, None) => {
+            let message = format!(
+                "disk `{}` is no host block device: it needs a size",
+                subject.disk
+            );
+            let help = "name one, such as 8GiB or +1GiB".to_owned();
+            return Err(failure(FailureKind::Invalid, message).help(help));
+        }
+    };
+    possible(subject, to)?;
+    if let Some(device) = subject.device.filter(|device| to != *device) {
+        let message = format!(
+            "disk `{}` is the block device `{}` of {}, expected that size, not {}",
+            subject.disk,
+            subject.path.display(),
+            size::show(device),
+            size::show(to)
+        );
+        let help = "change the device first (`lvextend`, …), then leave the size out".to_owned();
+        return Err(failure(FailureKind::Unsupported, message).help(help));
+    }
+    if to < subject.size {
+        may_shrink(subject, to, consent)?;
+    }
+    Ok(to)
+}
+
+/// Refuses a disk that never changes its size.
+fn changeable(subject: &Subject<'_>) -> Result<(), Failure> {
+    let disk = subject.disk;
+    let (why, help) = match subject {
+        Subject { ro: true, .. } => (
+            "is read-only (`ro = true`)".to_owned(),
+            "resize it where it is writable",
+        ),
+        Subject {
+            ephemeral: true, ..
+        } => (
+            "is ephemeral: its image is never written".to_owned(),
+            "set its `size`, which is then that of the disk alone, or take out `ephemeral`",
+        ),
+        Subject {
+            fixed: Some(format),
+            ..
+        } => (
+            format!("has the format `{format}`, whose images have a fixed size"),
+            "`launcher formats` lists what each format can do",
+        ),
+        _ => return Ok(()),
+    };
+    let message = format!("disk `{disk}` {why}");
+    Err(failure(FailureKind::Unsupported, message).help(help.to_owned()))
+}
+
+/// Refuses what is no size of a disk.
+fn possible(subject: &Subject<'_>, to: u64) -> Result<(), Failure> {
+    if to > LARGEST {
+        return Err(too_large(subject, Some(to)));
+    }
+    let block_size = u64::from(subject.block_size.max(1));
+    if to == 0 || !to.is_multiple_of(block_size) {
+        let message = format!(
+            "`size` is {to} bytes, expected a multiple of `block_size`, {block_size}, and not 0"
+        );
+        let failure = failure(FailureKind::Invalid, message);
+        return Err(match to.checked_next_multiple_of(block_size) {
+            Some(next) if to > 0 => failure.help(format!("the next one is {next}")),
+            _ => failure,
+        });
+    }
+    Ok(())
+}
+
+fn too_large(subject: &Subject<'_>, to: Option<u64>) -> Failure {
+    let to = match to {
+        Some(to) => format!("{to} bytes"),
+        None => "past 64 bits".to_owned(),
+    };
+    let disk = subject.disk;
+    let message = format!("disk `{disk}` cannot have a size of {to}, expected at most {LARGEST}");
+    failure(FailureKind::Invalid, message)
+}
+
+/// Refuses to cut off what the user has not agreed to lose.
+fn may_shrink(subject: &Subject<'_>, to: u64, consent: Consent) -> Result<(), Failure> {
+    let (has, wanted) = (size::show(subject.size), size::show(to));
+    let lost = size::show(subject.size - to);
+    let disk = subject.disk;
+    if !consent.shrink {
+        let message =
+            format!("disk `{disk}` has {has}: with {wanted} its last {lost} would be lost");
+        let help = "shrink the partitions and file systems in it first, then add `--shrink`";
+        return Err(failure(FailureKind::Refused, message).help(help.to_owned()));
+    }
+    if subject.running && !consent.force {
+        let message = format!(
+            "disk `{disk}` has {has} and a running guest may use its last {lost}, which would be lost"
+        );
+        let help = "stop the VM first, or add `--force` if the guest uses no more than that";
+        return Err(failure(FailureKind::Refused, message).help(help.to_owned()));
+    }
+    Ok(())
+}
+
+/// The host's error, in the words for the disk whose size it left as it was.
+pub(crate) fn failed(subject: &Subject<'_>, to: u64, error: &std::io::Error) -> Failure {
+    let text = error.to_string();
+    let text = text
+        .split_once(" (os error")
+        .map_or(&*text, |(text, _)| text);
+    let message = format!(
+        "disk `{}` keeps its size of {}: cannot make `{}` {}: {text}",
+        subject.disk,
+        size::show(subject.size),
+        subject.path.display(),
+        size::show(to)
+    );
+    let help = match error.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT) => Some("free some space on the host's file system"),
+        Some(libc::EFBIG) => Some(
+            "its file system, its format or the limit of the process (`ulimit -f`) allows no \
+             more",
+        ),
+        _ => None,
+    };
+    Failure {
+        errno: error.raw_os_error(),
+        help: help.map(str::to_owned),
+        ..failure(FailureKind::Host, message)
+    }
+}
+
+fn failure(kind: FailureKind, message: String) -> Failure {
+    Failure {
+        kind,
+        message,
+        help: None,
+        errno: None,
+    }
+}
+
+/// Says what to do about a failure.
+trait Help {
+    fn help(self, help: String) -> Self;
+}
+
+impl Help for Failure {
+    fn help(self, help: String) -> Self {
+        Failure {
+            help: Some(help),
+            ..self
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn disk() -> Subject<'static> {
+        Subject {
+            disk: "0",
+            path: Path::new("a.img"),
+            ro: false,
+            ephemeral: false,
+            fixed: None,
+            block_size: 512,
+            size: 8 * GIB,
+            device: None,
+            running: false,
+        }
+    }
+
+    const SHRINK: Consent = Consent {
+        shrink: true,
+        force: false,
+    };
+
+    fn refused(subject: &Subject<'_>, wanted: Option<Wanted>, consent: Consent) -> Failure {
+        decide(subject, wanted, consent).unwrap_err()
+    }
+
+    #[test]
+    fn a_size_is_bytes_or_a_text_and_a_plus_is_on_top() {
+        assert_eq!(Wanted::parse("4096").unwrap(), Wanted::To(4096));
+        assert_eq!(Wanted::parse("8GiB").unwrap(), Wanted::To(8 * GIB));
+        assert_eq!(Wanted::parse("+1G").unwrap(), Wanted::By(GIB));
+        assert_eq!(Wanted::try_from(&Size::Bytes(7)).unwrap(), Wanted::To(7));
+        let text = Size::Text("+512".into());
+        assert_eq!(Wanted::try_from(&text).unwrap(), Wanted::By(512));
+    }
+
+    #[test]
+    fn what_is_no_size_is_shown_with_what_helps() {
+        for (text, help) in [
+            ("8gb", "write \"8GiB\""),
+            (
+                "",
+                "write bytes, or a whole number with KiB, MiB, GiB or TiB",
+            ),
+            (
+                "++1",
+                "write bytes, or a whole number with KiB, MiB, GiB or TiB",
+            ),
+            (
+                "1.5GiB",
+                "write bytes, or a whole number with KiB, MiB, GiB or TiB",
+            ),
+            ("16777216TiB", "it does not fit in 64 bits"),
+            (
+                "-1GiB",
+                "name the size that is to be left, and add `--shrink`",
+            ),
+        ] {
+            let failure = Wanted::parse(text).unwrap_err();
+            assert_eq!(failure.kind, FailureKind::Invalid);
+            assert_eq!(failure.help.as_deref(), Some(help), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_disk_grows_to_a_size_or_by_one() {
+        let to = |wanted| decide(&disk(), Some(wanted), Consent::default()).unwrap();
+        assert_eq!(to(Wanted::To(9 * GIB)), 9 * GIB);
+        assert_eq!(to(Wanted::By(512)), 8 * GIB + 512);
+        assert_eq!(to(Wanted::By(0)), 8 * GIB);
+    }
+
+    #[test]
+    fn a_size_is_whole_blocks_and_fits_in_a_file() {
+        let wide = Subject {
+            block_size: 4096,
+            ..disk()
+        };
+        let failure = refused(&wide, Some(Wanted::By(512)), SHRINK);
+        assert_eq!(
+            failure.message,
+            "`size` is 8589935104 bytes, expected a multiple of `block_size`, 4096, and not 0"
+        );
+        assert_eq!(failure.help.as_deref(), Some("the next one is 8589938688"));
+        for wanted in [
+            Wanted::To(0),
+            Wanted::To(1 << 63),
+            Wanted::To(u64::MAX),
+            Wanted::By(u64::MAX),
+            Wanted::By(u64::MAX - 8 * GIB),
+        ] {
+            let failure = refused(&disk(), Some(wanted), SHRINK);
+            assert_eq!(failure.kind, FailureKind::Invalid, "{wanted:?}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_never_changes_is_refused_with_the_reason() {
+        for (subject, why) in [
+            (Subject { ro: true, ..disk() }, "is read-only"),
+            (
+                Subject {
+                    ephemeral: true,
+                    ..disk()
+                },
+                "is ephemeral",
+            ),
+            (
+                Subject {
+                    fixed: Some("x"),
+                    ..disk()
+                },
+                "has the format `x`",
+            ),
+        ] {
+            let failure = refused(&subject, Some(Wanted::By(512)), SHRINK);
+            assert_eq!(failure.kind, FailureKind::Unsupported);
+            assert!(failure.message.contains(why), "{}", failure.message);
+        }
+    }
+
+    #[test]
+    fn a_smaller_size_needs_shrink_and_says_what_is_lost() {
+        let failure = refused(&disk(), Some(Wanted::To(3 * GIB)), Consent::default());
+        assert_eq!(failure.kind, FailureKind::Refused);
+        assert_eq!(
+            failure.message,
+            "disk `0` has 8GiB: with 3GiB its last 5GiB would be lost"
+        );
+        assert_eq!(decide(&disk(), Some(Wanted::To(GIB)), SHRINK).unwrap(), GIB);
+    }
+
+    #[test]
+    fn a_running_guest_s_disk_shrinks_by_force_only() {
+        let live = Subject {
+            running: true,
+            ..disk()
+        };
+        let failure = refused(&live, Some(Wanted::To(GIB)), SHRINK);
+        assert_eq!(failure.kind, FailureKind::Refused);
+        assert!(
+            failure
+                .message
+                .contains("a running guest may use its last 7GiB")
+        );
+        let force = Consent {
+            shrink: true,
+            force: true,
+        };
+        assert_eq!(decide(&live, Some(Wanted::To(GIB)), force).unwrap(), GIB);
+        let alone = Consent {
+            shrink: false,
+            force: true,
+        };
+        assert_eq!(
+            refused(&live, Some(Wanted::To(GIB)), alone).kind,
+            FailureKind::Refused
+        );
+    }
+
+    #[test]
+    fn a_block_device_has_the_size_that_it_has() {
+        let device = Subject {
+            device: Some(9 * GIB),
+            ..disk()
+        };
+        assert_eq!(decide(&device, None, SHRINK).unwrap(), 9 * GIB);
+        assert_eq!(
+            decide(&device, Some(Wanted::By(GIB)), Consent::default()).unwrap(),
+            9 * GIB
+        );
+        let failure = refused(&device, Some(Wanted::To(10 * GIB)), SHRINK);
+        assert_eq!(failure.kind, FailureKind::Unsupported);
+        let failure = refused(&disk(), None, SHRINK);
+        assert_eq!(failure.kind, FailureKind::Invalid);
+        let smaller = Subject {
+            device: Some(GIB),
+            ..disk()
+        };
+        let failure = refused(&smaller, None, Consent::default());
+        assert_eq!(failure.kind, FailureKind::Refused);
+    }
+
+    #[test]
+    fn the_host_s_error_comes_with_its_number_and_what_to_do() {
+        let error = std::io::Error::from_raw_os_error(libc::ENOSPC);
+        let failure = failed(&disk(), 9 * GIB, &error);
+        assert_eq!(failure.errno, Some(libc::ENOSPC));
+        assert_eq!(
+            failure.message,
+            "disk `0` keeps its size of 8GiB: cannot make `a.img` 9GiB: No space left on device"
+        );
+        assert!(failure.help.unwrap().starts_with("free some space"));
+    }
+}

@@ -1,0 +1,9 @@
+//! The commands to running VMs, against a control socket whose VM is a fake.
+
+#![allow(clippy::unwrap_used)]
+
+mod console;
+mod logs;
+mod orders;
+mod resize;
+mod vm;

@@ -1,0 +1,151 @@
+//! `launcher disk` on VMs that do not run; `qemu-img` and `qemu-io` are the judges.
+
+#![allow(clippy::unwrap_used)]
+
+mod images;
+mod resize;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use tempfile::TempDir;
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+
+/// A folder with the vm.toml and the images of a VM.
+struct Folder {
+    folder: TempDir,
+}
+
+/// What a command did.
+#[derive(Debug)]
+struct Done {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Folder {
+    /// A VM with these disks: what stands below its kernel.
+    fn new(disks: &str) -> Folder {
+        let folder = Folder {
+            folder: tempfile::tempdir().unwrap(),
+        };
+        folder.write(
+            "vm.toml",
+            &format!("[boot]\nkernel = \"vmlinuz\"\n\n{disks}"),
+        );
+        folder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    fn read(&self, name: &str) -> Vec<u8> {
+        fs::read(self.path(name)).unwrap()
+    }
+
+    fn text(&self, name: &str) -> String {
+        fs::read_to_string(self.path(name)).unwrap()
+    }
+
+    fn len(&self, name: &str) -> u64 {
+        fs::metadata(self.path(name)).unwrap().len()
+    }
+
+    /// Bytes that a file takes on the host.
+    fn allocated(&self, name: &str) -> u64 {
+        fs::metadata(self.path(name)).unwrap().blocks() * 512
+    }
+
+    /// A raw image of these bytes, each of them `byte`.
+    fn raw(&self, name: &str, len: u64, byte: u8) {
+        fs::write(self.path(name), vec![byte; len as usize]).unwrap();
+    }
+
+    /// Runs `launcher` in the folder.
+    fn launcher(&self, arguments: &[&str]) -> Done {
+        run(
+            Command::new(env!("CARGO_BIN_EXE_launcher")).args(arguments),
+            self.folder.path(),
+        )
+    }
+
+    /// Runs `launcher`, which must succeed and complain of nothing; what it prints.
+    fn launcher_does(&self, arguments: &[&str]) -> String {
+        let done = self.launcher(arguments);
+        assert_eq!((done.code, &*done.err), (0, ""), "{done:?}");
+        done.out
+    }
+
+    /// Runs `qemu-img`, which must succeed; what it prints.
+    fn qemu_img(&self, arguments: &[&str]) -> String {
+        let done = run(Command::new("qemu-img").args(arguments), self.folder.path());
+        assert_eq!(done.code, 0, "{arguments:?}: {done:?}");
+        done.out
+    }
+
+    /// What `qemu-img info` says of an image, whether or not it is in use.
+    fn info(&self, name: &str) -> serde_json::Value {
+        let text = self.qemu_img(&["info", "-U", "--output=json", name]);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// The size of the disk in an image.
+    fn size(&self, name: &str) -> u64 {
+        self.info(name)["virtual-size"].as_u64().unwrap()
+    }
+
+    /// Has `qemu-io` carry out commands, which must all succeed.
+    fn qemu_io(&self, name: &str, commands: &[&str]) {
+        let mut qemu_io = Command::new("qemu-io");
+        let format = if name.ends_with("qcow2") {
+            "qcow2"
+        } else {
+            "raw"
+        };
+        qemu_io.args(["-f", format]);
+        commands.iter().for_each(|command| {
+            qemu_io.args(["-c", command]);
+        });
+        let done = run(qemu_io.arg(name), self.folder.path());
+        assert_eq!(done.code, 0, "{commands:?}: {done:?}");
+        assert!(
+            !done.out.contains("verification failed"),
+            "{commands:?}: {done:?}"
+        );
+    }
+
+    /// What is in the folder, sorted.
+    fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(self.folder.path()).unwrap();
+        let mut names: Vec<_> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+fn run(command: &mut Command, folder: &Path) -> Done {
+    let output = command
+        .current_dir(folder)
+        .env_remove("LAUNCHER_LOG")
+        .env("XDG_RUNTIME_DIR", folder)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    Done {
+        code: output.status.code().unwrap(),
+        out: String::from_utf8(output.stdout).unwrap(),
+        err: String::from_utf8(output.stderr).unwrap(),
+    }
+}
