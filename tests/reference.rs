@@ -1,4 +1,5 @@
-//! docs/vm-toml.md is what the code says of the keys of a VM's file. After a change of a key:
+//! docs/vm-toml.md is what the code says of the keys of a VM's file, and docs/commands.md what it
+//! says of the command line. After a change of either:
 //!
 //! ```sh
 //! UPDATE_DOCS=1 cargo test --test reference
@@ -95,15 +96,20 @@ fn the_reference_says_what_the_code_says() {
     let mut formats = formats::formats().unwrap();
     formats.retain(|format| format.name != "qcow2-rs");
     of_formats(&formats, &mut page);
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/vm-toml.md");
+    held("docs/vm-toml.md", &page);
+}
+
+/// Compares a page with the one that is checked in, or updates that.
+fn held(name: &str, page: &str) {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
     if std::env::var_os("UPDATE_DOCS").is_some() {
-        fs::write(&file, &page).unwrap();
+        fs::write(&file, page).unwrap();
     }
     let checked_in = fs::read_to_string(&file).unwrap_or_default();
     let first = page.lines().zip(checked_in.lines()).find(|(a, b)| a != b);
     assert!(
         page == checked_in,
-        "docs/vm-toml.md is not what the code says (first difference: {first:?}); update it: \
+        "{name} is not what the code says (first difference: {first:?}); update it: \
          UPDATE_DOCS=1 cargo test --test reference"
     );
 }
@@ -142,4 +148,79 @@ fn an_option_of_a_format_is_in_the_reference() {
     ] {
         assert!(page.lines().any(|found| found == line), "{page}");
     }
+}
+
+/// What stands above the commands.
+const COMMANDS_HEAD: &str = "\
+# Commands
+
+`VM` is the path of a TOML file (it has a `/`, ends in `.toml`, or is there as a file), the folder of
+a `vm.toml`, or the name of a running VM. `launcher man DIR` writes manual pages of the same content,
+`launcher completions SHELL` what a shell completes.
+
+<!-- Written by `UPDATE_DOCS=1 cargo test --test reference` from the code: do not edit. -->
+";
+
+/// A command with its arguments, then those below it.
+fn command(command: &clap::Command, depth: usize, page: &mut String) {
+    let name = command.get_bin_name().unwrap_or(command.get_name());
+    *page += &format!("\n{} `{name}`\n\n", "#".repeat(depth));
+    let about = command.get_long_about().or(command.get_about());
+    let about = about.unwrap().to_string();
+    let (first, rest) = match about.split_once("\n\n") {
+        Some((first, rest)) => (first, format!("\n{rest}\n")),
+        None => (&*about, String::new()),
+    };
+    *page += &format!("{}.\n{rest}", first.trim_end_matches('.'));
+    let usage = command.clone().render_usage().to_string();
+    let usage = usage.trim_start_matches("Usage: ");
+    *page += &format!("\n```sh\n{usage}\n```\n");
+    let arguments: Vec<_> = command
+        .get_arguments()
+        .filter(|argument| !["help", "version"].contains(&argument.get_id().as_str()))
+        .collect();
+    if !arguments.is_empty() {
+        *page += "\n| argument | meaning |\n|---|---|\n";
+    }
+    for argument in arguments {
+        // Without the brackets of what may be left out.
+        let spelled = argument.to_string();
+        let spelled = spelled.trim_start_matches('[').replace("]...", "…");
+        let spelled = match spelled.contains('[') {
+            true => spelled,
+            false => spelled.trim_end_matches(']').to_owned(),
+        };
+        let long = argument.get_long_help().or(argument.get_help());
+        let help = long.map(ToString::to_string).unwrap_or_default();
+        let values = argument.get_possible_values();
+        let values: Vec<_> = values.iter().map(|value| value.get_name()).collect();
+        let values = match argument.get_action().takes_values() && !values.is_empty() {
+            true => format!(": {}", values.join(", ")),
+            false => String::new(),
+        };
+        *page += &format!("| `{}` | {}{values} |\n", cell(&spelled), cell(&help));
+    }
+    if let Some(after) = command.get_after_help() {
+        for part in after.to_string().split("\n\n") {
+            let (title, lines) = part.split_once('\n').unwrap();
+            let lines: Vec<_> = lines
+                .lines()
+                .map(|line| line.strip_prefix("  ").unwrap())
+                .collect();
+            *page += &format!("\n{title}\n\n```text\n{}\n```\n", lines.join("\n"));
+        }
+    }
+    let below = command.get_subcommands();
+    for below in below.filter(|below| below.get_name() != "help") {
+        self::command(below, depth + 1, page);
+    }
+}
+
+#[test]
+fn the_commands_are_those_of_the_command_line() {
+    let mut page = COMMANDS_HEAD.to_owned();
+    let mut launcher = launcher::cli::command();
+    launcher.build();
+    command(&launcher, 2, &mut page);
+    held("docs/commands.md", &page);
 }
