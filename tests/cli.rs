@@ -295,3 +295,50 @@ fn a_wrong_level_of_the_log_is_a_usage_error() {
         "{err}"
     );
 }
+
+#[test]
+fn completions_are_scripts_that_know_every_command() {
+    let folder = folder(&[]);
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let (code, out, err) = run(folder.path(), &["completions", shell]);
+        assert_eq!((code, &*err), (0, ""), "{shell}");
+        for word in ["console", "resize", "shrink"] {
+            assert!(out.contains(word), "{shell} does not complete {word}");
+        }
+    }
+    let (_, script, _) = run(folder.path(), &["completions", "bash"]);
+    fs::write(folder.path().join("script"), script).unwrap();
+    let mut bash = Command::new("bash");
+    let read = bash.args(["-n", "script"]).current_dir(folder.path());
+    assert_eq!(
+        told(read.output().unwrap()),
+        (0, String::new(), String::new())
+    );
+    assert_eq!(run(folder.path(), &["completions", "cmd"]).0, 2);
+}
+
+#[test]
+fn the_manual_has_a_page_for_every_command() {
+    let folder = folder(&[]);
+    let (code, page, err) = run(folder.path(), &["man"]);
+    assert_eq!((code, &*err), (0, ""));
+    assert!(
+        page.contains(".TH launcher 1") && page.contains(".SH NAME"),
+        "{page}"
+    );
+    assert_eq!(run(folder.path(), &["man", "man/man1"]).0, 0);
+    for name in [
+        "launcher",
+        "launcher-up",
+        "launcher-disk",
+        "launcher-disk-resize",
+    ] {
+        let page = folder.path().join(format!("man/man1/{name}.1"));
+        let page = fs::read_to_string(page).unwrap();
+        assert!(page.contains(&name.replace('-', "\\-")), "{page}");
+    }
+    fs::write(folder.path().join("file"), "").unwrap();
+    let (code, _, err) = run(folder.path(), &["man", "file"]);
+    assert_eq!(code, 1);
+    assert!(err.starts_with("error: cannot write the manual: "), "{err}");
+}

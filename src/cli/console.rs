@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::Args;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
 
 use super::output::complain;
 use super::target::Target;
@@ -173,6 +173,15 @@ impl Attached {
                         tracing::warn!("cannot set up the terminal again: {error}");
                     }
                 }
+                SIGTSTP => {
+                    if let Some(terminal) = &self.terminal {
+                        terminal.leave();
+                    }
+                    // Stops the process; what follows comes after it goes on.
+                    if let Err(error) = signal_hook::low_level::emulate_default_handler(SIGTSTP) {
+                        tracing::warn!("cannot stop the process: {error}");
+                    }
+                }
                 signal => return Some(End::Signal(signal)),
             }
         }
@@ -270,7 +279,7 @@ fn caught() -> Result<UnixStream> {
         let (signals, sender) = UnixStream::pair()?;
         signals.set_nonblocking(true)?;
         sender.set_nonblocking(true)?;
-        let caught = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGCONT];
+        let caught = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT];
         for signal in caught {
             // A parent that ignores them (nohup) wants it so.
             if signal != SIGTERM && signals::is_ignored(signal) {

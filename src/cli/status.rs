@@ -105,7 +105,7 @@ fn shown(status: &Status, before: Option<&Status>) -> String {
     }
     text += &table(&rows);
     if !status.disks.is_empty() {
-        text += &format!("\n{}\n{}", disks(&status.disks), latencies(&status.disks));
+        text += &format!("\n{}{}", disks(&status.disks), latencies(&status.disks));
     }
     text
 }
@@ -148,7 +148,7 @@ fn name(disk: &DiskStatus) -> String {
     }
 }
 
-/// How long requests took: rows only for what there was.
+/// How long requests took, below a blank line: rows only for what there was.
 fn latencies(disks: &[DiskStatus]) -> String {
     let heads = ["DISK", "LATENCY OF", "P50", "P90", "P99", "P99.9", "MAX"];
     let mut rows = vec![heads.map(str::to_owned)];
@@ -174,7 +174,7 @@ fn latencies(disks: &[DiskStatus]) -> String {
     }
     match rows.len() {
         1 => String::new(),
-        _ => table(&rows),
+        _ => format!("\n{}", table(&rows)),
     }
 }
 

@@ -163,6 +163,29 @@ fn ctrl_bracket_detaches_and_the_vm_runs_on() {
 }
 
 #[test]
+fn a_stopped_console_gives_the_terminal_back_and_takes_it_again() {
+    let (folder, terminal) = (Folder::new(), Terminal::new());
+    let before = terminal.settings();
+    let web = folder.start("web", "vm.toml");
+    let mut console = terminal.run(&mut folder.command(&["console", "web"]));
+    terminal.shows("login: ");
+    let raw = terminal.settings();
+    assert_ne!(raw, before);
+    let mut guest = guest(&web);
+    let pid = Pid::from_child(&console);
+    for (signal, then) in [(Signal::TSTP, &before), (Signal::CONT, &raw)] {
+        kill_process(pid, signal).unwrap();
+        while terminal.settings() != *then {
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+    (&terminal.keyboard).write_all(b"x\x1d").unwrap();
+    expect(&mut guest, b"x");
+    assert_eq!(console.wait().unwrap().code(), Some(0));
+    assert_eq!(terminal.settings(), before);
+}
+
+#[test]
 fn the_terminal_is_restored_after_every_way_out() {
     let signals = [
         Signal::TERM,

@@ -254,6 +254,28 @@ fn check_finds_a_leak_and_repair_frees_it() {
 }
 
 #[test]
+fn an_image_that_another_program_writes_is_looked_at_but_neither_counted_nor_checked() {
+    let folder = Folder::new("[[block]]\npath = \"a.qcow2\"\n");
+    folder.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "16M"]);
+    let held = folder.hold("a.qcow2");
+    let info = json(&folder, &["disk", "info", "vm.toml", "0", "--json"]);
+    assert_eq!(info["size"], 16 * MIB);
+    assert_eq!(info["allocation"], Value::Null);
+    let why = info["not_counted"].as_str().unwrap();
+    assert!(why.contains("is being written by process"), "{why}");
+    for arguments in [&["vm.toml", "0"][..], &["--path", "a.qcow2"]] {
+        for repair in [&[][..], &["--repair"]] {
+            let check = [&["disk", "check"], arguments, repair].concat();
+            let done = folder.launcher(&check);
+            assert_eq!((done.code, &*done.out), (1, ""), "{done:?}");
+            assert!(done.err.contains("(`qemu-io`)"), "{done:?}");
+        }
+    }
+    drop(held);
+    folder.launcher_does(&["disk", "check", "vm.toml", "0"]);
+}
+
+#[test]
 fn a_raw_image_has_nothing_to_check() {
     let folder = Folder::new(DISKS);
     folder.raw("a.img", MIB, 7);

@@ -6,9 +6,10 @@ mod images;
 mod resize;
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
 
@@ -18,6 +19,16 @@ const MIB: u64 = 1 << 20;
 /// A folder with the vm.toml and the images of a VM.
 struct Folder {
     folder: TempDir,
+}
+
+/// An image that another program has open, until this is dropped.
+struct Held(Child);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        self.0.wait().unwrap();
+    }
 }
 
 /// What a command did.
@@ -122,6 +133,29 @@ impl Folder {
             !done.out.contains("verification failed"),
             "{commands:?}: {done:?}"
         );
+    }
+
+    /// Has `qemu-io` hold an image open for writing.
+    fn hold(&self, name: &str) -> Held {
+        let format = if name.ends_with("qcow2") {
+            "qcow2"
+        } else {
+            "raw"
+        };
+        let mut holder = Command::new("qemu-io")
+            .args(["-f", format])
+            .arg(self.path(name))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It answers once it has the image.
+        let input = holder.stdin.as_mut().unwrap();
+        writeln!(input, "length").unwrap();
+        let mut line = String::new();
+        let mut out = BufReader::new(holder.stdout.take().unwrap());
+        out.read_line(&mut line).unwrap();
+        Held(holder)
     }
 
     /// What is in the folder, sorted.

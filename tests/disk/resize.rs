@@ -1,8 +1,7 @@
 //! `launcher disk resize`.
 
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::symlink;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use super::{Done, Folder, KIB, MIB, run};
 
@@ -183,23 +182,10 @@ fn read_only_and_ephemeral_disks_keep_their_size() {
 fn an_image_in_use_or_absent_is_refused() {
     let folder = Folder::new(RAW);
     folder.raw("a.img", MIB, 7);
-    let mut holder = Command::new("qemu-io")
-        .args(["-f", "raw"])
-        .arg(folder.path("a.img"))
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut input = holder.stdin.take().unwrap();
-    writeln!(input, "length").unwrap();
-    let mut line = String::new();
-    BufReader::new(holder.stdout.take().unwrap())
-        .read_line(&mut line)
-        .unwrap();
+    let held = folder.hold("a.img");
     let err = refused(&folder, "a.img", &["0", "2MiB"], 1);
     assert!(err.contains("(`qemu-io`)"), "{err}");
-    drop(input);
-    holder.wait().unwrap();
+    drop(held);
     folder.launcher_does(&["disk", "resize", "vm.toml", "0", "2MiB"]);
     std::fs::remove_file(folder.path("a.img")).unwrap();
     let done = folder.launcher(&["disk", "resize", "vm.toml", "0", "2MiB"]);

@@ -10,11 +10,11 @@ use serde::Serialize;
 
 use super::check::bar;
 use super::image::{self, Which, format_of, index_of, lone, named, ring};
-use super::look::{Listed, Look, look};
+use super::look::{Listed, Look, look, one_line};
 use crate::cli::output::{print, print_json, rough, table};
 use crate::cli::target::Target;
 use crate::config::size;
-use crate::{Result, exit};
+use crate::{Error, Result, exit};
 
 /// Show what an image is: sizes, format, backing files, snapshots
 ///
@@ -44,6 +44,9 @@ struct Known {
     backing: Vec<Look>,
     /// None while somebody may write to it, and for formats that do not allocate.
     allocation: Option<Allocation>,
+    /// Why the clusters of a qcow2 image were not counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_counted: Option<String>,
 }
 
 /// How the clusters of an image lie in its file.
@@ -107,15 +110,20 @@ impl Known {
                 .and_then(|it| it.backing_format.clone());
             backing.push(found);
         }
-        let allocation = match look_at.qcow2 {
-            Some(_) if !running => allocation(image),
-            _ => None,
+        let (allocation, not_counted) = match look_at.qcow2 {
+            None => (None, None),
+            Some(_) if running => (None, Some("a running VM may write to it".to_owned())),
+            Some(_) => match allocation(image) {
+                Ok(counted) => (Some(counted), None),
+                Err(error) => (None, Some(one_line(&error))),
+            },
         };
         Ok(Known {
             look: look_at,
             running,
             backing,
             allocation,
+            not_counted,
         })
     }
 
@@ -170,12 +178,10 @@ impl Known {
                 format!("{} ({}, {sizes})", backing.path, backing.format),
             );
         }
-        match &self.allocation {
-            Some(it) => row("allocation", it.shown()),
-            None if look.qcow2.is_some() => {
-                row("allocation", "not counted: the image is in use".to_owned());
-            }
-            None => {}
+        if let Some(counted) = &self.allocation {
+            row("allocation", counted.shown());
+        } else if let Some(why) = &self.not_counted {
+            row("allocation", format!("not counted: {why}"));
         }
         let mut text = table(&rows);
         if let Some(qcow2) = &look.qcow2 {
@@ -214,19 +220,20 @@ impl Allocation {
     }
 }
 
-/// How an image's clusters lie, counted under a reader's lock; none if somebody writes to it, or
-/// it is too damaged to be counted.
-fn allocation(image: &Image) -> Option<Allocation> {
+/// How an image's clusters lie, counted under a reader's lock: an error if somebody writes to it,
+/// or it is too damaged to be counted.
+fn allocation(image: &Image) -> Result<Allocation> {
     let image = Image {
         o_direct: false,
         lock: true,
         ..image.clone()
     };
-    let ring = ring().ok()?;
-    let (_held, file) = image::locked(&ring, &image).ok()?;
+    let ring = ring()?;
+    let (_held, file) = image::locked(&ring, &image)?;
     let bar = bar(Path::new(&image.path));
-    let report = qcow2::check(&file, &mut |done, of| bar(done, of)).ok()?;
-    Some(Allocation::of(&report))
+    let report = qcow2::check(&file, &mut |done, of| bar(done, of));
+    let report = report.map_err(|error| Error::failed(error.to_string()))?;
+    Ok(Allocation::of(&report))
 }
 
 /// A size with its bytes, where a unit alone does not say them.

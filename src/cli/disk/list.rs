@@ -6,7 +6,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::image::named;
-use super::look::look;
+use super::look::{look, one_line};
 use crate::cli::output::{print, print_json, rough, table};
 use crate::cli::target::Target;
 use crate::config::{Block, size};
@@ -73,7 +73,7 @@ impl Row {
         let seen = named(&block.format).and_then(|format| look(&block.path, format, in_use));
         let (size, host_size, error) = match seen {
             Ok(seen) => (seen.size, seen.host_size, None),
-            Err(error) => (None, None, Some(one_line(&error.to_string()))),
+            Err(error) => (None, None, Some(one_line(&error))),
         };
         Row {
             index,
@@ -88,12 +88,6 @@ impl Row {
             error,
         }
     }
-}
-
-/// An error in a cell of a table.
-fn one_line(error: &str) -> String {
-    let first = error.lines().next().unwrap_or_default();
-    first.strip_prefix("error: ").unwrap_or(first).to_owned()
 }
 
 /// The disks as people see them.
@@ -157,10 +151,5 @@ mod tests {
              1           raw     ?     ?        ro     a.img (cannot open it)\n"
         );
         assert_eq!(listing(&[]), "it has no disk\n");
-    }
-
-    #[test]
-    fn of_an_error_the_first_line_is_shown() {
-        assert_eq!(one_line("error: no\nhelp: try"), "no");
     }
 }

@@ -231,3 +231,20 @@ fn whole_seconds(date: Duration) -> u64 {
 fn plain(name: impl AsRef<std::ffi::OsStr>) -> String {
     name.as_ref().to_string_lossy().into_owned()
 }
+
+/// An error as a part of a line: its first one.
+pub(super) fn one_line(error: &Error) -> String {
+    let text = error.to_string();
+    let first = text.lines().next().unwrap_or_default();
+    first.strip_prefix("error: ").unwrap_or(first).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_an_error_the_first_line_is_shown() {
+        assert_eq!(one_line(&Error::failed("no").help("try")), "no");
+    }
+}
