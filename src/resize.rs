@@ -2,6 +2,8 @@
 //!
 //! Nothing here touches an image: [`decide`] says yes or no before anything is changed.
 
+use std::fmt;
+
 use crate::config::size;
 use crate::control::messages::{Failure, FailureKind, Size};
 
@@ -30,8 +32,7 @@ impl Wanted {
         };
         let bytes = size::parse(number).map_err(|advice| {
             let shown: String = text.chars().take(40).collect();
-            let message =
-                format!("`size` is {shown:?}, expected a size such as 2147483648, 8GiB or +1GiB");
+            let message = format!("the size is {shown:?}, expected one such as 8GiB or +1GiB");
             failure(FailureKind::Invalid, message).help(match text.strip_prefix('-') {
                 Some(_) => "name the size that is to be left, and add `--shrink`".to_owned(),
                 None => advice,
@@ -78,6 +79,12 @@ pub(crate) struct Subject<'a> {
     pub(crate) running: bool,
 }
 
+impl fmt::Display for Subject<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "disk {} (`{}`)", self.disk, self.path.display())
+    }
+}
+
 /// What the user has agreed to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Consent {
@@ -102,14 +109,11 @@ pub(crate) fn decide(
         (Some(Wanted::To(bytes)), _) => bytes,
         (Some(Wanted::By(bytes)), _) => {
             let sum = subject.size.checked_add(bytes);
-            sum.ok_or_else(|| too_large(subject, None))?
+            sum.ok_or_else(too_large)?
         }
         (None, Some(device)) => device,
         (None, None) => {
-            let message = format!(
-                "disk `{}` is no host block device: it needs a size",
-                subject.disk
-            );
+            let message = format!("{subject} is no host block device: it needs a size");
             let help = "name one, such as 8GiB or +1GiB".to_owned();
             return Err(failure(FailureKind::Invalid, message).help(help));
         }
@@ -117,9 +121,7 @@ pub(crate) fn decide(
     possible(subject, to)?;
     if let Some(device) = subject.device.filter(|device| to != *device) {
         let message = format!(
-            "disk `{}` is the block device `{}` of {}, expected that size, not {}",
-            subject.disk,
-            subject.path.display(),
+            "{subject} is a host block device of {}, expected that size, not {}",
             size::show(device),
             size::show(to)
         );
@@ -134,17 +136,14 @@ pub(crate) fn decide(
 
 /// Refuses a disk that never changes its size.
 fn changeable(subject: &Subject<'_>) -> Result<(), Failure> {
-    let disk = subject.disk;
     let (why, help) = match subject {
-        Subject { ro: true, .. } => (
-            "is read-only (`ro = true`)".to_owned(),
-            "resize it where it is writable",
-        ),
+        Subject { ro: true, .. } => ("is read-only".to_owned(), "set `ro = false`"),
         Subject {
             ephemeral: true, ..
         } => (
-            "is ephemeral: its image is never written".to_owned(),
-            "set its `size`, which is then that of the disk alone, or take out `ephemeral`",
+            "is ephemeral".to_owned(),
+            "its image is never written: set its `size`, which is then that of the disk alone, or \
+             take out `ephemeral`",
         ),
         Subject {
             fixed: Some(format),
@@ -155,85 +154,76 @@ fn changeable(subject: &Subject<'_>) -> Result<(), Failure> {
         ),
         _ => return Ok(()),
     };
-    let message = format!("disk `{disk}` {why}");
+    let message = format!("{subject} {why}");
     Err(failure(FailureKind::Unsupported, message).help(help.to_owned()))
 }
 
 /// Refuses what is no size of a disk.
 fn possible(subject: &Subject<'_>, to: u64) -> Result<(), Failure> {
     if to > LARGEST {
-        return Err(too_large(subject, Some(to)));
+        return Err(too_large());
     }
     let block_size = u64::from(subject.block_size.max(1));
-    if to == 0 || !to.is_multiple_of(block_size) {
-        let message = format!(
-            "`size` is {to} bytes, expected a multiple of `block_size`, {block_size}, and not 0"
-        );
-        let failure = failure(FailureKind::Invalid, message);
-        return Err(match to.checked_next_multiple_of(block_size) {
-            Some(next) if to > 0 => failure.help(format!("the next one is {next}")),
-            _ => failure,
-        });
+    if to > 0 && to.is_multiple_of(block_size) {
+        return Ok(());
     }
-    Ok(())
+    let message = format!("the size is {to}, expected a multiple of {block_size}, and not 0");
+    let next = to.max(1).next_multiple_of(block_size);
+    let help = format!("`block_size` is {block_size}: the next size that fits is {next}");
+    Err(failure(FailureKind::Invalid, message).help(help))
 }
 
-fn too_large(subject: &Subject<'_>, to: Option<u64>) -> Failure {
-    let to = match to {
-        Some(to) => format!("{to} bytes"),
-        None => "past 64 bits".to_owned(),
-    };
-    let disk = subject.disk;
-    let message = format!("disk `{disk}` cannot have a size of {to}, expected at most {LARGEST}");
-    failure(FailureKind::Invalid, message)
+fn too_large() -> Failure {
+    let message = "the size is past 2^63 bytes, which is more than a file can have";
+    failure(FailureKind::Invalid, message.to_owned())
 }
 
 /// Refuses to cut off what the user has not agreed to lose.
 fn may_shrink(subject: &Subject<'_>, to: u64, consent: Consent) -> Result<(), Failure> {
     let (has, wanted) = (size::show(subject.size), size::show(to));
     let lost = size::show(subject.size - to);
-    let disk = subject.disk;
     if !consent.shrink {
-        let message =
-            format!("disk `{disk}` has {has}: with {wanted} its last {lost} would be lost");
+        let message = format!("{subject} has {has}: with {wanted}, its last {lost} would be lost");
         let help = "shrink the partitions and file systems in it first, then add `--shrink`";
         return Err(failure(FailureKind::Refused, message).help(help.to_owned()));
     }
     if subject.running && !consent.force {
-        let message = format!(
-            "disk `{disk}` has {has} and a running guest may use its last {lost}, which would be lost"
-        );
+        let message =
+            format!("the guest runs and may use the last {lost} of {subject}, which would be lost");
         let help = "stop the VM first, or add `--force` if the guest uses no more than that";
         return Err(failure(FailureKind::Refused, message).help(help.to_owned()));
     }
     Ok(())
 }
 
-/// The host's error, in the words for the disk whose size it left as it was.
+/// Why a disk did not get the size that [`decide`] allowed; it has the one that it had.
 pub(crate) fn failed(subject: &Subject<'_>, to: u64, error: &std::io::Error) -> Failure {
+    use std::io::ErrorKind;
+    let errno = error.raw_os_error();
+    let kind = match (errno, error.kind()) {
+        // The disk was closed meanwhile.
+        (None, ErrorKind::NotConnected) => FailureKind::Ending,
+        (None, ErrorKind::InvalidInput) => FailureKind::Unsupported,
+        _ => FailureKind::Host,
+    };
     let text = error.to_string();
     let text = text
         .split_once(" (os error")
         .map_or(&*text, |(text, _)| text);
-    let message = format!(
-        "disk `{}` keeps its size of {}: cannot make `{}` {}: {text}",
-        subject.disk,
-        size::show(subject.size),
-        subject.path.display(),
-        size::show(to)
-    );
-    let help = match error.raw_os_error() {
-        Some(libc::ENOSPC | libc::EDQUOT) => Some("free some space on the host's file system"),
-        Some(libc::EFBIG) => Some(
-            "its file system, its format or the limit of the process (`ulimit -f`) allows no \
-             more",
-        ),
+    let wanted = size::show(to);
+    let message = format!("{subject} cannot have {wanted}, and stays as it is: {text}");
+    let help = match errno {
+        Some(libc::ENOSPC) => Some("free some space there, or use `sparse = true`"),
+        Some(libc::EDQUOT) => Some("raise the disk quota, or use `sparse = true`"),
+        Some(libc::EFBIG) => {
+            Some("its file system, its format, or this process (`ulimit -f`) allows no more")
+        }
         _ => None,
     };
     Failure {
-        errno: error.raw_os_error(),
+        errno,
         help: help.map(str::to_owned),
-        ..failure(FailureKind::Host, message)
+        ..failure(kind, message)
     }
 }
 
@@ -346,9 +336,12 @@ mod tests {
         let failure = refused(&wide, Some(Wanted::By(512)), SHRINK);
         assert_eq!(
             failure.message,
-            "`size` is 8589935104 bytes, expected a multiple of `block_size`, 4096, and not 0"
+            "the size is 8589935104, expected a multiple of 4096, and not 0"
         );
-        assert_eq!(failure.help.as_deref(), Some("the next one is 8589938688"));
+        assert_eq!(
+            failure.help.as_deref(),
+            Some("`block_size` is 4096: the next size that fits is 8589938688")
+        );
         for wanted in [
             Wanted::To(0),
             Wanted::To(1 << 63),
@@ -392,7 +385,7 @@ mod tests {
         assert_eq!(failure.kind, FailureKind::Refused);
         assert_eq!(
             failure.message,
-            "disk `0` has 8GiB: with 3GiB its last 5GiB would be lost"
+            "disk 0 (`a.img`) has 8GiB: with 3GiB, its last 5GiB would be lost"
         );
         assert_eq!(decide(&disk(), Some(Wanted::To(GIB)), SHRINK).unwrap(), GIB);
     }
@@ -408,7 +401,7 @@ mod tests {
         assert!(
             failure
                 .message
-                .contains("a running guest may use its last 7GiB")
+                .contains("the guest runs and may use the last 7GiB of disk 0 (`a.img`)")
         );
         let force = Consent {
             shrink: true,
@@ -455,8 +448,10 @@ mod tests {
         assert_eq!(failure.errno, Some(libc::ENOSPC));
         assert_eq!(
             failure.message,
-            "disk `0` keeps its size of 8GiB: cannot make `a.img` 9GiB: No space left on device"
+            "disk 0 (`a.img`) cannot have 9GiB, and stays as it is: No space left on device"
         );
         assert!(failure.help.unwrap().starts_with("free some space"));
+        let closed = std::io::ErrorKind::NotConnected.into();
+        assert_eq!(failed(&disk(), GIB, &closed).kind, FailureKind::Ending);
     }
 }

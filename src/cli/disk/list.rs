@@ -90,6 +90,15 @@ impl Row {
     }
 }
 
+/// What an image takes on the host, in a cell.
+fn on_host(row: &Row) -> String {
+    match (row.host_size, &row.error) {
+        (Some(bytes), _) => rough(bytes),
+        (None, Some(_)) => "?".to_owned(),
+        (None, None) => "a device".to_owned(),
+    }
+}
+
 /// The disks as people see them.
 fn listing(rows: &[Row]) -> String {
     if rows.is_empty() {
@@ -118,7 +127,7 @@ fn listing(rows: &[Row]) -> String {
             row.id.clone().unwrap_or_default(),
             row.format.clone(),
             bytes(row.size),
-            row.host_size.map_or("?".to_owned(), rough),
+            on_host(row),
             flags.join(" "),
             path,
         ]);
