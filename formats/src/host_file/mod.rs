@@ -4,6 +4,7 @@ mod create;
 mod direct;
 mod flush;
 mod lock;
+mod locked;
 mod open;
 mod sniff;
 mod space;
@@ -21,6 +22,7 @@ use direct::Alignment;
 use flush::Flushes;
 
 pub use create::create_file;
+pub(crate) use locked::LockedFile;
 pub(crate) use open::{Size, text};
 pub use sniff::sniff;
 

@@ -19,16 +19,7 @@ impl HostFile {
     /// Opens the file or block device of an image, and locks it. Its size is as it is.
     pub fn open(ring: &Ring, image: &Image) -> Result<HostFile, OpenError> {
         let path = image.path.display();
-        // Looked at first, for to open is to wait, or to do harm, with some kinds of files.
-        let meta = fs::metadata(&image.path).map_err(|error| unopenable(image, &error))?;
-        kind(image, meta.mode())?;
-        let fd = open(image)?;
-        let stat = rustix::fs::fstat(&fd).map_err(|errno| unopenable(image, &errno.into()))?;
-        let kind = kind(image, stat.st_mode)?;
-        // O_NONBLOCK was for the case that it is a FIFO by now.
-        let flags = rustix::fs::fcntl_getfl(&fd)
-            .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK));
-        flags.map_err(|errno| unopenable(image, &errno.into()))?;
+        let (fd, kind, stat) = open_file(image)?;
         let lock = match image.lock {
             true => Some(lock::lock(fd.as_fd(), &image.path, image.ro)?),
             false => None,
@@ -61,6 +52,21 @@ impl HostFile {
             no_zero_range: Cell::new(false),
         })
     }
+}
+
+/// Opens what an image lies in, which is a file or a block device.
+pub(super) fn open_file(image: &Image) -> Result<(OwnedFd, Kind, Stat), OpenError> {
+    // Looked at first, for to open is to wait, or to do harm, with some kinds of files.
+    let meta = fs::metadata(&image.path).map_err(|error| unopenable(image, &error))?;
+    kind(image, meta.mode())?;
+    let fd = open(image)?;
+    let stat = rustix::fs::fstat(&fd).map_err(|errno| unopenable(image, &errno.into()))?;
+    let kind = kind(image, stat.st_mode)?;
+    // O_NONBLOCK was for the case that it is a FIFO by now.
+    let flags = rustix::fs::fcntl_getfl(&fd)
+        .and_then(|flags| rustix::fs::fcntl_setfl(&fd, flags - OFlags::NONBLOCK));
+    flags.map_err(|errno| unopenable(image, &errno.into()))?;
+    Ok((fd, kind, stat))
 }
 
 /// The size of a file or block device in bytes.

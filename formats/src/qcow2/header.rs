@@ -19,7 +19,7 @@ pub(super) const MAX_BACKING_NAME: usize = 1023;
 /// The largest L1 table, refcount table and snapshot count that are believed: those of QEMU.
 pub(super) const MAX_L1_BYTES: u64 = 32 << 20;
 pub(super) const MAX_REFCOUNT_TABLE_BYTES: u64 = 8 << 20;
-const MAX_SNAPSHOTS: u32 = 65536;
+pub(super) const MAX_SNAPSHOTS: u32 = 65536;
 
 /// Bits of `incompatible_features`.
 pub mod incompatible {

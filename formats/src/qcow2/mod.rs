@@ -31,6 +31,7 @@ mod repair;
 mod resize;
 mod slices;
 pub mod snapshot;
+pub mod snapshots;
 mod table;
 #[cfg(test)]
 mod testing;

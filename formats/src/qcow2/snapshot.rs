@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
@@ -50,6 +51,32 @@ impl Snapshot {
             )));
         }
         Ok(())
+    }
+
+    /// An entry of the table, padded to 8 bytes, with all extra data that is known.
+    pub(super) fn to_bytes(&self) -> Vec<u8> {
+        let secs = u32::try_from(self.date.as_secs()).unwrap_or(u32::MAX);
+        let vm_clock = u64::try_from(self.vm_clock.as_nanos()).unwrap_or(u64::MAX);
+        // Those who read no extra data know sizes of 32 bits.
+        let short_size = u32::try_from(self.vm_state_size).unwrap_or(u32::MAX);
+        let mut extra = [self.vm_state_size, self.disk_size.unwrap_or(0), u64::MAX];
+        if let Some(icount) = self.icount {
+            extra[2] = icount;
+        }
+        let mut bytes = Vec::new();
+        bytes.extend(self.l1_table_offset.to_be_bytes());
+        bytes.extend(self.l1_size.to_be_bytes());
+        bytes.extend((self.id.len() as u16).to_be_bytes());
+        bytes.extend((self.name.len() as u16).to_be_bytes());
+        bytes.extend(secs.to_be_bytes());
+        bytes.extend(self.date.subsec_nanos().to_be_bytes());
+        bytes.extend(vm_clock.to_be_bytes());
+        bytes.extend(short_size.to_be_bytes());
+        bytes.extend((extra.len() as u32 * 8).to_be_bytes());
+        bytes.extend(extra.map(u64::to_be_bytes).concat());
+        bytes.extend(self.id.bytes().chain(self.name.bytes()));
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        bytes
     }
 }
 
@@ -144,6 +171,23 @@ fn text(bytes: &[u8]) -> String {
         }
     }
     text
+}
+
+/// Where in the bytes of a table the entries lie, each with its padding.
+pub(super) fn places(bytes: &[u8], count: u32) -> Result<Vec<Range<usize>>, Refusal> {
+    let mut places = Vec::new();
+    let mut start = 0;
+    for _ in 0..count {
+        let len = match bytes.get(start..).ok_or(Unread::TooShort).and_then(entry) {
+            Ok((_, len)) => len,
+            Err(Unread::Refused(refusal)) => return Err(refusal),
+            Err(Unread::TooShort) => return Err(too_short(bytes.len() as u64, count)),
+        };
+        let end = start + len.next_multiple_of(8);
+        places.push(start..end);
+        start = end;
+    }
+    Ok(places)
 }
 
 /// Reads one entry. Returns its length too, without the padding.
@@ -249,6 +293,29 @@ mod tests {
         extra[16..24].fill(0xff);
         let (snapshots, _) = parse(&sample(&extra, b"1", b"n"), 1).unwrap();
         assert_eq!(snapshots[0].icount, None);
+    }
+
+    #[test]
+    fn an_entry_that_is_written_reads_back() {
+        for (name, icount) in [("before", None), ("1234567", Some(5))] {
+            let snapshot = Snapshot {
+                l1_table_offset: 0x50000,
+                l1_size: 3,
+                id: "12".into(),
+                name: name.into(),
+                date: Duration::new(1_700_000_000, 5),
+                vm_clock: Duration::new(7, 1),
+                vm_state_size: 1 << 40,
+                disk_size: Some(1 << 30),
+                icount,
+            };
+            let bytes = [snapshot.to_bytes(), snapshot.to_bytes()].concat();
+            let places = places(&bytes, 2).unwrap();
+            let half = bytes.len() / 2;
+            assert_eq!(places, [0..half, half..bytes.len()]);
+            let (read, len) = parse(&bytes, 2).unwrap();
+            assert_eq!((read, len), (vec![snapshot.clone(), snapshot], bytes.len()));
+        }
     }
 
     #[test]

@@ -7,6 +7,13 @@ use std::os::unix::fs::FileExt;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
+#[cfg(test)]
+thread_local! {
+    /// How many reads this thread has left until the host fails.
+    pub(in super::super) static LEFT: std::cell::Cell<u64> =
+        const { std::cell::Cell::new(u64::MAX) };
+}
+
 /// Length of a file or block device.
 pub(in super::super) fn length(file: &File) -> io::Result<u64> {
     Ok(rustix::fs::seek(file, SeekFrom::End(0))?)
@@ -14,6 +21,12 @@ pub(in super::super) fn length(file: &File) -> io::Result<u64> {
 
 /// Reads from `offset` on; what is past the end of the file are zeroes.
 pub(in super::super) fn read_padded(file: &File, offset: u64, to: &mut [u8]) -> io::Result<()> {
+    #[cfg(test)]
+    LEFT.set(
+        LEFT.get()
+            .checked_sub(1)
+            .ok_or_else(|| io::Error::other("the host fails"))?,
+    );
     let mut done = 0;
     while done < to.len() {
         let Some(at) = offset

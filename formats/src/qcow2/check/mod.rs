@@ -16,6 +16,7 @@ use std::fs::File;
 use super::header::{MAX_HEADER, MAX_L1_BYTES, be32};
 use super::snapshot::{self, Snapshot};
 use super::{Header, Refusal};
+use refcounts::Refcounts;
 pub use report::{Problem, ProblemKind, Report};
 use stored::Stored;
 use walk::Walk;
@@ -72,8 +73,8 @@ pub(super) struct Subject {
     pub(super) header: Header,
     /// Why the refcount table cannot be where the header says, if that is so.
     no_table: Option<Refusal>,
-    snapshots: Vec<Snapshot>,
-    snapshot_table_len: u64,
+    pub(super) snapshots: Vec<Snapshot>,
+    pub(super) snapshot_table_len: u64,
     pub(super) stored: Stored,
 }
 
@@ -137,6 +138,28 @@ impl Subject {
         walk.count_table(offset, len, || "the snapshot table".into())?;
         walk.count_bitmaps(header)?;
         Ok(walk)
+    }
+
+    /// Counts the uses of clusters by the L2 tables of one L1 table and by all below them. Only
+    /// for an image that was found sound.
+    pub(super) fn count_uses(
+        &self,
+        file: &File,
+        (offset, entries): (u64, u32),
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Refcounts, CheckError> {
+        let len = io::length(file)?;
+        let mut walk = Walk::new(file, len, &self.header, &self.stored, progress);
+        walk.count_l1("", offset, entries, false)?;
+        walk.count_l2()?;
+        // Its own clusters are counted too by now.
+        let bits = self.header.cluster_bits;
+        let mut uses = walk.counted;
+        for cluster in offset >> bits..(offset + u64::from(entries) * 8).div_ceil(1 << bits) {
+            let count = uses.load(cluster).saturating_sub(1);
+            uses.store(cluster, count).map_err(|_| too_many())?;
+        }
+        Ok(uses)
     }
 
     fn count_snapshots(&self, walk: &mut Walk<'_>) -> Result<(), CheckError> {

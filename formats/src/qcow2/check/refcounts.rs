@@ -16,6 +16,7 @@ const MAX_BYTES: usize = 64 << 20;
 #[derive(Debug)]
 pub(in super::super) struct TooMany;
 
+#[derive(Clone)]
 struct Page {
     order: u32,
     bytes: Vec<u8>,
@@ -35,7 +36,7 @@ impl Page {
 }
 
 /// Neighbours are mostly asked for one after another: the page of the last one is found at once.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(in super::super) struct Refcounts {
     /// Sorted by their numbers.
     pages: Vec<(u64, Page)>,

@@ -107,6 +107,11 @@ impl Stored {
         }
     }
 
+    /// All refcounts, for an image whose blocks can all be read.
+    pub(in super::super) fn refcounts(&self) -> &Refcounts {
+        &self.refcounts
+    }
+
     pub(in super::super) fn pages(&self) -> impl Iterator<Item = u64> {
         self.refcounts.pages()
     }

@@ -23,7 +23,7 @@ pub enum Repair {
 }
 
 /// Bits of `autoclear_features` that hold on when metadata is written by one who knows of them.
-const KEPT: u64 = autoclear::BITMAPS | autoclear::RAW_DATA_FILE;
+pub(super) const KEPT: u64 = autoclear::BITMAPS | autoclear::RAW_DATA_FILE;
 
 /// Repairs an image, which nobody else may use meanwhile, and checks it again: the report is of
 /// the image as it is now.
