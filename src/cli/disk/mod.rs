@@ -8,12 +8,13 @@ mod list;
 mod look;
 mod resize;
 mod save;
+mod snapshot;
 
 use clap::{Args, Subcommand};
 
 use crate::Result;
 
-/// Resize, list, create and check the disks of VMs
+/// Resize, list, create, check and snapshot the disks of VMs
 #[derive(Args)]
 #[command(after_help = "Example:\n  launcher disk resize vm.toml 0 +1GiB")]
 pub(super) struct Disk {
@@ -28,6 +29,7 @@ enum Command {
     Resize(resize::Resize),
     Create(create::Create),
     Check(check::Check),
+    Snapshot(snapshot::Snapshot),
 }
 
 impl Disk {
@@ -38,6 +40,7 @@ impl Disk {
             Command::Resize(resize) => resize.run(),
             Command::Create(create) => create.run(),
             Command::Check(check) => check.run(),
+            Command::Snapshot(snapshot) => snapshot.run(),
         }
     }
 }
