@@ -9,6 +9,7 @@ use super::super::check::io::{length, read_padded};
 use super::super::repair;
 use super::plan::Plan;
 use super::write;
+use crate::host_file::text;
 
 /// Carries a plan out: what is new is written by `tables` and durable before the header, which is
 /// told of it, and what is no longer used is given back to the host at last.
@@ -33,7 +34,14 @@ pub(super) fn commit(
         }
         return Err(error);
     }
-    switch(file, header)?;
+    switch(file, header).map_err(|error| {
+        // Which of the two the host has at last is not known, but each of them is whole.
+        let text = text(&error);
+        io::Error::new(
+            error.kind(),
+            format!("it may be done, but not durably: {text}"),
+        )
+    })?;
     if regular && let Err(error) = give_back(file, plan, len) {
         tracing::debug!("space of an image is not given back to the host: {error}");
     }

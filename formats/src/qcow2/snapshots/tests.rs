@@ -7,7 +7,7 @@ use super::super::testing::damage::{KINDS, damages, mutate, used};
 use super::super::testing::{assert_sound, qemu_create, qemu_img, qemu_io};
 use super::write::{LEFT, STEPS, Step};
 use super::*;
-use crate::testing::{Random, bytes, directory, image, open, run, segments};
+use crate::testing::{Random, bytes, directory, image, in_tmpfs, open, run, segments};
 use crate::{Engine, Ring};
 
 type Action = fn(&File) -> Result<Snapshot, CheckError>;
@@ -590,4 +590,28 @@ fn a_block_device_without_room_is_refused_before_anything_is_written() {
     assert!(full.to_string().contains("No space left"), "{full}");
     let place = device((clusters + 2) << 16).place(2 << 16, 1).unwrap();
     assert_eq!(place, clusters << 16);
+}
+
+#[test]
+fn a_full_file_system_leaves_the_image_as_it_was() {
+    let name = "qcow2::snapshots::tests::a_full_file_system_leaves_the_image_as_it_was";
+    let Some(mounted) = in_tmpfs(name, "4m") else {
+        return;
+    };
+    let path = mounted.join("a.qcow2");
+    qemu_create("cluster_size=4k", &path, "2M");
+    qemu_io(&["write -P 1 0 2M"], &path);
+    let before = fs::read(&path).unwrap();
+    let filler = mounted.join("filler");
+    assert!(fs::write(&filler, vec![1; 4 << 20]).is_err());
+    let error = create(&path, "a", &mut |_, _| {}).unwrap_err();
+    assert!(
+        error.message.ends_with(": No space left on device"),
+        "{error}"
+    );
+    assert_eq!(error.help.as_deref(), Some("free some space"));
+    assert!(fs::read(&path).unwrap() == before);
+    fs::remove_file(filler).unwrap();
+    create(&path, "a", &mut |_, _| {}).unwrap();
+    assert_sound(&path);
 }
