@@ -23,13 +23,11 @@ pub(super) fn write_l1(
     offset: u64,
     table: &[u64],
 ) -> Result<(), CheckError> {
-    let mut bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-    bytes.resize(
-        bytes
-            .len()
-            .next_multiple_of(plan.geometry.cluster_size() as usize),
-        0,
-    );
+    let cluster_size = plan.geometry.cluster_size() as usize;
+    let mut bytes = vec![0; (table.len() * 8).next_multiple_of(cluster_size)];
+    for (to, entry) in bytes.chunks_exact_mut(8).zip(table) {
+        to.copy_from_slice(&entry.to_be_bytes());
+    }
     Ok(write(file, &bytes, offset)?)
 }
 
