@@ -178,6 +178,7 @@ fn command(command: &clap::Command, depth: usize, page: &mut String) {
     let arguments: Vec<_> = command
         .get_arguments()
         .filter(|argument| !["help", "version"].contains(&argument.get_id().as_str()))
+        .filter(|argument| !argument.is_hide_set())
         .collect();
     if !arguments.is_empty() {
         *page += "\n| argument | meaning |\n|---|---|\n";
@@ -190,14 +191,22 @@ fn command(command: &clap::Command, depth: usize, page: &mut String) {
             true => spelled,
             false => spelled.trim_end_matches(']').to_owned(),
         };
+        let spelled = match (argument.get_short(), argument.get_long()) {
+            (Some(short), Some(_)) => format!("-{short}, {spelled}"),
+            _ => spelled,
+        };
         let long = argument.get_long_help().or(argument.get_help());
         let help = long.map(ToString::to_string).unwrap_or_default();
         let values = argument.get_possible_values();
         let values: Vec<_> = values.iter().map(|value| value.get_name()).collect();
-        let values = match argument.get_action().takes_values() && !values.is_empty() {
+        let mut values = match argument.get_action().takes_values() && !values.is_empty() {
             true => format!(": {}", values.join(", ")),
             false => String::new(),
         };
+        if argument.get_action().takes_values() {
+            let default = argument.get_default_values().iter();
+            default.for_each(|default| values += &format!(" [default: {}]", default.display()));
+        }
         *page += &format!("| `{}` | {}{values} |\n", cell(&spelled), cell(&help));
     }
     if let Some(after) = command.get_after_help() {
@@ -211,7 +220,7 @@ fn command(command: &clap::Command, depth: usize, page: &mut String) {
         }
     }
     let below = command.get_subcommands();
-    for below in below.filter(|below| below.get_name() != "help") {
+    for below in below.filter(|below| below.get_name() != "help" && !below.is_hide_set()) {
         self::command(below, depth + 1, page);
     }
 }

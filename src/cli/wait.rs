@@ -23,7 +23,12 @@ pub(super) struct Wait {
     /// TOML file of the VM, the folder of its vm.toml, or its name [default: vm.toml]
     vm: Option<PathBuf>,
     /// What to wait for: its end, or the guest's init or login prompt
-    #[arg(long = "for", value_enum, default_value = "stopped")]
+    #[arg(
+        long = "for",
+        value_name = "WHAT",
+        value_enum,
+        default_value = "stopped"
+    )]
     awaited: Awaited,
     /// How long, such as 500ms, 30s or 2m, before it is a failure [default: as long as it takes]
     #[arg(long, value_name = "TIME", value_parser = span::parse)]
