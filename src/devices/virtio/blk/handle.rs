@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Sender, SyncSender};
 
-use super::worker::{Command, Step};
+use super::command::{Command, Step};
 use super::{Counters, Shared};
 
 /// Acts on a disk from any thread, whether a guest is there or not.

@@ -2,6 +2,7 @@
 //!
 //! One disk is one thread with one [`formats::Ring`]; all virtqueues are served there.
 
+mod command;
 mod counters;
 mod features;
 #[cfg(any(test, fuzzing))]
@@ -9,6 +10,8 @@ mod features;
 pub mod fuzzing;
 mod handle;
 mod histogram;
+mod latency;
+mod reply;
 mod request;
 mod serve;
 #[cfg(test)]
@@ -32,8 +35,8 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::{Activation, Device, Interrupt};
 use crate::devices::throttle::Throttle;
+use command::Command;
 use features::{CONFIG_WRITEBACK, Profile, QUEUE_SIZE, SECTOR_SIZE, has};
-use worker::Command;
 
 pub use counters::{Counter, Counters};
 pub use handle::BlkHandle;

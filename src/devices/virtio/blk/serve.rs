@@ -10,9 +10,11 @@ use std::sync::atomic::Ordering;
 use std::task::{Poll, Waker};
 use std::time::Instant;
 
-use formats::{Disk, Segments};
+use formats::Disk;
 
 use super::features::SECTOR_SIZE;
+use super::latency::{Finished, Measured};
+use super::reply::Reply;
 use super::request::{Range, Request, Rules, Status};
 use super::worker::{Cache, Gate, Serving, Worker};
 
@@ -29,21 +31,6 @@ struct Job {
     head: u16,
     /// When it was taken.
     taken: Instant,
-}
-
-/// What a request that succeeded counts as, of those whose time is measured.
-#[derive(Clone, Copy, Debug)]
-enum Measured {
-    Read,
-    Write,
-    Flush,
-}
-
-/// A request that was given back.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Finished {
-    taken: Instant,
-    kind: Measured,
 }
 
 /// A task that serves one request at a time, and then the next: no task is made per request.
@@ -69,50 +56,6 @@ impl Slot {
     }
 }
 
-/// Where the outcome of a request goes.
-struct Reply {
-    /// The final byte of the chain.
-    status: Segments,
-    /// The first byte before it that the device may write, if any.
-    first: Segments,
-    /// Number of bytes before the status.
-    len: usize,
-}
-
-impl Reply {
-    /// Takes the status byte off the device-writable part; the data is left. `None` if there is
-    /// no byte at all.
-    fn split_off(writable: &mut Segments) -> Option<Reply> {
-        let len = writable.len().checked_sub(1)?;
-        let data = writable.split_to(len);
-        let status = std::mem::replace(writable, data);
-        Some(Reply {
-            status,
-            first: writable.slice(0, 1),
-            len,
-        })
-    }
-
-    /// Writes the status after `written` bytes of data. Returns the used length: what was
-    /// written from the first device-writable byte on (section 2.7.8.2).
-    fn write(&self, status: Status, written: usize) -> u32 {
-        // The status counts only if all the data before it was written. Yet a driver may take 0
-        // for a request that the device never looked at, so one byte of the data is written.
-        let len = match written {
-            _ if written == self.len => written + 1,
-            0 => {
-                self.first.fill(0);
-                1
-            }
-            _ => written,
-        };
-        // Last: a driver may let its buffers overlap.
-        self.status.copy_from(&[status as u8]);
-        // A chain has 2^32 bytes at most, 16 of them the header.
-        u32::try_from(len).unwrap_or(u32::MAX)
-    }
-}
-
 impl Worker {
     /// Called before the thread sleeps: tells the driver of what was used, and looks for more.
     pub(super) fn idle(self: &Rc<Self>) {
@@ -135,25 +78,6 @@ impl Worker {
                 Ok(sent) => self.shared.counters.interrupts.add(u64::from(sent)),
                 Err(error) => self.break_off(serving, &error),
             }
-        }
-    }
-
-    /// Counts how long the requests took of which the driver is told now: one look at the clock
-    /// for all of them.
-    pub(super) fn measure(&self) {
-        let mut finished = self.finished.borrow_mut();
-        if finished.is_empty() {
-            return;
-        }
-        let now = Instant::now();
-        let counters = &self.shared.counters;
-        for Finished { taken, kind } in finished.drain(..) {
-            let histogram = match kind {
-                Measured::Read => &counters.read_latency,
-                Measured::Write => &counters.write_latency,
-                Measured::Flush => &counters.flush_latency,
-            };
-            histogram.record(now.saturating_duration_since(taken));
         }
     }
 
