@@ -1,4 +1,4 @@
-//! What the user sees while a disk is allocated, or checked.
+//! What the user sees while a disk is allocated, checked or converted.
 
 use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
@@ -22,6 +22,16 @@ pub(crate) fn checking() -> impl Fn(&Progress<'_>) {
     shown(&CHECKING)
 }
 
+/// As [`hook`], for the copying part of a conversion.
+pub(crate) fn converting() -> impl Fn(&Progress<'_>) {
+    shown(&CONVERTING)
+}
+
+/// As [`hook`], for the comparing part of a conversion.
+pub(crate) fn verifying() -> impl Fn(&Progress<'_>) {
+    shown(&VERIFYING)
+}
+
 /// What takes long.
 struct Task {
     /// For [`ProgressStyle`].
@@ -41,6 +51,16 @@ static ALLOCATING: Task = Task {
 static CHECKING: Task = Task {
     style: "checking {prefix} [{bar:30}] {pos} of {len} L2 tables{msg}",
     line: |progress| format!("launcher: checking {}", name(progress.path)),
+};
+
+static CONVERTING: Task = Task {
+    style: "converting to {prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}{msg}",
+    line: |progress| format!("launcher: converting to {}", name(progress.path)),
+};
+
+static VERIFYING: Task = Task {
+    style: "verifying {prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}{msg}",
+    line: |progress| format!("launcher: verifying {}", name(progress.path)),
 };
 
 fn shown(task: &'static Task) -> impl Fn(&Progress<'_>) {

@@ -33,6 +33,9 @@ impl Buffer {
     }
 }
 
+// SAFETY: a buffer owns its memory alone, and reaches it only as `&self` and `&mut self` allow.
+unsafe impl Send for Buffer {}
+
 impl Deref for Buffer {
     type Target = [u8];
 

@@ -8,7 +8,16 @@ use crate::Segments;
 
 /// A disk operation under way. It owns or borrows all it needs; dropping it early leaks nothing
 /// and frees no memory that the kernel still writes to.
-pub type Pending<'a> = Pin<Box<dyn Future<Output = io::Result<()>> + 'a>>;
+pub type Pending<'a, T = ()> = Pin<Box<dyn Future<Output = io::Result<T>> + 'a>>;
+
+/// Consecutive bytes of a disk that are all data, or all known to be zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Whether there is data that must be read to be known; else every byte is 0.
+    pub data: bool,
+    /// How many bytes.
+    pub len: u64,
+}
 
 /// What an open image can do and how it wants to be asked. All values are bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +53,14 @@ pub trait Disk {
 
     /// Stores the bytes of `from` at `offset`.
     fn write(&self, offset: u64, from: Segments) -> Pending<'_>;
+
+    /// Tells, without reading data, what lies at `offset`, and how much of the `len` bytes from
+    /// there on is like it: at least one byte, at most `len`. What is called data may be zeroes.
+    ///
+    /// For those who go through a whole image: it may wait for metadata of the host.
+    fn extent(&self, _offset: u64, len: u64) -> Pending<'_, Extent> {
+        Box::pin(std::future::ready(Ok(Extent { data: true, len })))
+    }
 
     /// Makes every write that completed before this call durable.
     fn flush(&self) -> Pending<'_>;

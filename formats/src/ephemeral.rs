@@ -5,7 +5,7 @@ use std::io;
 use std::path::Path;
 
 use crate::host_file::{HostFile, Size, text};
-use crate::{Disk, Format, Image, Limits, OpenError, Pending, Ring, Segments};
+use crate::{Disk, Extent, Format, Image, Limits, OpenError, Pending, Ring, Segments};
 
 mod marks;
 
@@ -163,6 +163,13 @@ impl Disk for Ephemeral {
             self.changed.borrow_mut().set(offset, len);
             Ok(())
         })
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> Pending<'_, Extent> {
+        match self.run(offset, len) {
+            (true, len) => Box::pin(std::future::ready(self.changes.extent(offset, len))),
+            (false, len) => self.base.extent(offset, len),
+        }
     }
 
     fn flush(&self) -> Pending<'_> {

@@ -43,6 +43,7 @@ mod buffer;
 #[cfg(any(test, feature = "faults"))]
 #[doc(hidden)]
 pub mod conformance;
+pub mod convert;
 #[cfg(any(test, all(fuzzing, feature = "faults")))]
 mod counting;
 mod disk;
@@ -62,7 +63,7 @@ pub use buffer::Buffer;
 #[cfg(all(fuzzing, feature = "faults"))]
 #[doc(hidden)]
 pub use counting::Counting;
-pub use disk::{Disk, Limits, Pending};
+pub use disk::{Disk, Extent, Limits, Pending};
 pub use ephemeral::{ephemeral, open_ephemeral};
 pub use format::{
     Format, FormatOption, Image, OpenError, Opening, OptionKind, OptionValue, find, for_extension,

@@ -4,7 +4,7 @@ use std::io;
 use std::time::Instant;
 
 use crate::host_file::{self, HostFile, Size};
-use crate::{Disk, Format, Image, Limits, OpenError, Pending, Progress, Ring, Segments};
+use crate::{Disk, Extent, Format, Image, Limits, OpenError, Pending, Progress, Ring, Segments};
 
 inventory::submit! {
     Format {
@@ -247,6 +247,10 @@ impl Disk for Raw {
 
     fn write(&self, offset: u64, from: Segments) -> Pending<'_> {
         Box::pin(self.file.write(offset, from))
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> Pending<'_, Extent> {
+        Box::pin(std::future::ready(self.file.extent(offset, len)))
     }
 
     fn flush(&self) -> Pending<'_> {

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use rustix::ioctl::{Setter, opcode};
 
 use super::{HostFile, Kind};
-use crate::{Buffer, Segments};
+use crate::{Buffer, Extent, Segments};
 
 /// Zeroes are written from one piece of memory of this size, again and again.
 const ZEROES: usize = 64 << 10;
@@ -120,6 +120,34 @@ impl HostFile {
         // SAFETY: every piece is the buffer, which is kept, and which nobody writes to.
         let zeroes = unsafe { Segments::new(pieces, buffer.clone()) };
         Ok(self.zeroes.get_or_init(|| zeroes).clone())
+    }
+
+    /// Tells whether there is data at `offset` or a hole, and how much of `len` bytes is like it.
+    /// What lies past the end of a file is a hole; a block device has none.
+    pub fn extent(&self, offset: u64, len: u64) -> io::Result<Extent> {
+        if self.kind == Kind::Device {
+            return Ok(Extent { data: true, len });
+        }
+        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            // No data follows.
+            Err(Errno::NXIO) => return Ok(Extent { data: false, len }),
+            // A file system that does not tell.
+            Err(Errno::INVAL) => return Ok(Extent { data: true, len }),
+            Err(errno) => return Err(errno.into()),
+        };
+        if start > offset {
+            let len = len.min(start - offset);
+            return Ok(Extent { data: false, len });
+        }
+        let end = match rustix::fs::seek(&self.file, SeekFrom::Hole(offset)) {
+            Ok(end) => end,
+            // Cut off in this moment.
+            Err(Errno::NXIO) => return Ok(Extent { data: false, len }),
+            Err(errno) => return Err(errno.into()),
+        };
+        let len = len.min(end.saturating_sub(offset).max(1));
+        Ok(Extent { data: true, len })
     }
 
     /// Allocates every block of a file up to `size`, and makes it that long. What it holds is

@@ -11,6 +11,7 @@ mod blank;
 mod check;
 mod commit;
 mod compressed;
+mod content;
 mod create;
 mod entry;
 mod epochs;
@@ -23,6 +24,7 @@ mod join;
 mod locks;
 mod map;
 mod open;
+mod packer;
 mod places;
 mod read;
 mod refcount;
@@ -47,10 +49,11 @@ pub use check::{CheckError, Problem, ProblemKind, Report, check};
 pub use compressed::Encoder;
 pub use create::{Backing, CreateOptions, DataFile, OPTIONS, Preallocation, create};
 pub use header::{Compression, Header};
+pub(crate) use packer::Packer;
 pub use repair::{Repair, repair};
 pub use snapshot::Snapshot;
 
-use crate::{Disk, Format, HostFile, Limits, Pending, Segments};
+use crate::{Disk, Extent, Format, HostFile, Limits, Pending, Segments};
 use alloc::Alloc;
 use commit::Damage;
 use entry::Geometry;
@@ -148,6 +151,10 @@ impl Disk for Qcow2 {
 
     fn write(&self, offset: u64, from: Segments) -> Pending<'_> {
         self.write_at(offset, from)
+    }
+
+    fn extent(&self, offset: u64, len: u64) -> Pending<'_, Extent> {
+        Box::pin(self.content(offset, len))
     }
 
     fn flush(&self) -> Pending<'_> {

@@ -1,6 +1,7 @@
 //! `launcher disk`: the images of VMs.
 
 mod check;
+mod convert;
 mod create;
 mod image;
 mod info;
@@ -14,7 +15,7 @@ use clap::{Args, Subcommand};
 
 use crate::Result;
 
-/// Resize, list, create, check and snapshot the disks of VMs
+/// Resize, list, create, convert, check and snapshot the disks of VMs
 #[derive(Args)]
 #[command(after_help = "Example:\n  launcher disk resize vm.toml 0 +1GiB")]
 pub(super) struct Disk {
@@ -28,6 +29,7 @@ enum Command {
     Info(info::Info),
     Resize(resize::Resize),
     Create(create::Create),
+    Convert(convert::Convert),
     Check(check::Check),
     Snapshot(snapshot::Snapshot),
 }
@@ -39,6 +41,7 @@ impl Disk {
             Command::Info(info) => info.run(),
             Command::Resize(resize) => resize.run(),
             Command::Create(create) => create.run(),
+            Command::Convert(convert) => convert.run(),
             Command::Check(check) => check.run(),
             Command::Snapshot(snapshot) => snapshot.run(),
         }
