@@ -91,7 +91,9 @@ impl Folder {
 
     fn converts(&self, line: &str) {
         let (code, _, err) = self.run(line);
-        assert_eq!((code, &*err), (0, ""), "{line}");
+        // It tells what it does if that takes long.
+        let quiet = err.lines().all(|line| line.starts_with("launcher: "));
+        assert!(code == 0 && quiet, "{line}: {err}");
     }
 
     /// The error of a conversion that is refused with this exit code.
@@ -454,7 +456,7 @@ fn a_format_is_never_told_by_content() {
     assert!(error.contains("add `--to-format`"), "{error}");
     let error = folder.refuses("s.raw t.qcow2 -O raw -o cluster_size=64K", 2);
     assert!(error.contains("has no option \"cluster_size\""), "{error}");
-    let error = folder.refuses("s.raw t.raw -c", 2);
+    let error = folder.refuses("s.raw v.raw -c", 2);
     assert!(error.contains("cannot be compressed"), "{error}");
     assert_eq!(
         folder.names(),

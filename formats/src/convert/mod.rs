@@ -229,8 +229,10 @@ fn sort(
 /// Compresses a cluster, if it becomes smaller.
 fn pack(encoder: &mut Encoder, bytes: &[u8], packed: &mut Vec<u8>) -> io::Result<Unit> {
     let start = packed.len();
-    packed.resize(start + bytes.len() - 1, 0);
+    // With room for what becomes larger: after a stream that is cut off, the encoder is made anew.
+    packed.resize(start + bytes.len() + bytes.len() / 8 + 256, 0);
     let len = encoder.compress(bytes, &mut packed[start..])?;
+    let len = len.filter(|len| *len < bytes.len());
     packed.truncate(start + len.unwrap_or(0));
     Ok(len.map_or(Unit::Data, |len| Unit::Packed(len as u32)))
 }

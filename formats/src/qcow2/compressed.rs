@@ -95,11 +95,7 @@ impl Encoder {
     /// An error of kind [`io::ErrorKind::OutOfMemory`] if there is no memory for it.
     pub fn new(compression: Compression) -> io::Result<Encoder> {
         Ok(Encoder(match compression {
-            Compression::Zlib => {
-                let level = flate2::Compression::default();
-                let compress = Compress::new_with_window_bits(level, false, WINDOW_BITS);
-                Encoding::Zlib(Box::new(compress))
-            }
+            Compression::Zlib => Encoding::Zlib(Box::new(deflate())),
             Compression::Zstd => {
                 Encoding::Zstd(CCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?)
             }
@@ -115,8 +111,12 @@ impl Encoder {
                 let status = compress
                     .compress(from, to, FlushCompress::Finish)
                     .map_err(io::Error::other)?;
-                let ended = matches!(status, Status::StreamEnd);
-                Ok(ended.then_some(compress.total_out() as usize))
+                if matches!(status, Status::StreamEnd) {
+                    return Ok(Some(compress.total_out() as usize));
+                }
+                // A reset of zlib-rs 0.6.8 leaves it less room for each stream that was cut off.
+                **compress = deflate();
+                Ok(None)
             }
             Encoding::Zstd(context) => match context.compress2(to, from) {
                 Ok(len) => Ok(Some(len)),
@@ -125,6 +125,10 @@ impl Encoder {
             },
         }
     }
+}
+
+fn deflate() -> Compress {
+    Compress::new_with_window_bits(flate2::Compression::default(), false, WINDOW_BITS)
 }
 
 #[cfg(test)]
@@ -172,6 +176,25 @@ mod tests {
                     assert!(back == cluster);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn clusters_that_do_not_fit_spoil_no_later_one() {
+        let mut random = Random::new(6);
+        for compression in BOTH {
+            let mut encoder = Encoder::new(compression).unwrap();
+            for _ in 0..2000 {
+                let noise: Vec<u8> = (0..512).map(|_| random.below(256) as u8).collect();
+                assert_eq!(encoder.compress(&noise, &mut [0; 511]).unwrap(), None);
+            }
+            let cluster = text(4096, 2);
+            let mut to = vec![0; 4096];
+            let len = encoder.compress(&cluster, &mut to).unwrap().unwrap();
+            let mut back = vec![0; 4096];
+            let mut decoder = Decoder::new(compression).unwrap();
+            decoder.decompress(&to[..len], &mut back).unwrap();
+            assert!(back == cluster);
         }
     }
 
