@@ -40,8 +40,8 @@ impl Sums {
     /// Adds what the disk holds at `offset`, the beginning of a block. Only at the end of the
     /// disk a block may be cut short: it counts as if zeroes followed.
     pub(super) fn add(&self, offset: u64, bytes: &[u8]) {
-        let mut index = offset / BLOCK as u64;
-        for block in bytes.chunks(BLOCK) {
+        let first = offset / BLOCK as u64;
+        for (index, block) in (first..).zip(bytes.chunks(BLOCK)) {
             if !is_zero(block) {
                 let number = match block.len() {
                     BLOCK => number(index, block),
@@ -56,7 +56,6 @@ impl Sums {
                     sum.fetch_add(number, Ordering::Relaxed);
                 }
             }
-            index += 1;
         }
     }
 
