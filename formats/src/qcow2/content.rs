@@ -11,7 +11,11 @@ impl Qcow2 {
     /// What lies at `offset`, through the whole chain of backing files.
     pub(super) async fn content(&self, offset: u64, len: u64) -> io::Result<Extent> {
         let found = match self.without_tables(offset).min(len) {
-            0 => self.extent_of(offset, len).await?,
+            // Not cluster by cluster through what no table describes, either.
+            0 => {
+                self.extent_of(offset, len.min(self.left_in_table(offset)))
+                    .await?
+            }
             len => map::Extent {
                 place: Place::Backing,
                 len,
@@ -34,10 +38,21 @@ impl Qcow2 {
         }
     }
 
+    /// log2 of the bytes that an L2 table describes.
+    fn table_bits(&self) -> u32 {
+        self.geometry.l2_bits() + self.geometry.cluster_bits
+    }
+
+    /// How many bytes from `offset` on the same L2 table describes.
+    fn left_in_table(&self, offset: u64) -> u64 {
+        let bits = self.table_bits();
+        (((offset >> bits) + 1) << bits) - offset
+    }
+
     /// How many bytes from `offset` on are described by no L2 table: a disk may have many
     /// tebibytes of these.
     fn without_tables(&self, offset: u64) -> u64 {
-        let bits = self.geometry.l2_bits() + self.geometry.cluster_bits;
+        let bits = self.table_bits();
         let l1 = self.l1.borrow();
         let first = offset >> bits;
         let end = ((self.size.get() >> bits) + 1).min(first + 1024);
