@@ -151,7 +151,7 @@ fn pid(child: &Child) -> Pid {
 const TARGETS: &[(&str, &str)] = &[
     ("t.raw", ""),
     ("t.raw", "--allocate"),
-    ("t.raw", "--no-verify"),
+    ("t.raw", "--no-verify --no-sync"),
     ("t.qcow2", ""),
     ("t.qcow2", "--allocate"),
     ("t.qcow2", "-o cluster_size=512,version=2"),

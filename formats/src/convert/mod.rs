@@ -50,6 +50,9 @@ pub struct Conversion<'a> {
     pub compress: bool,
     /// Reads the target back, and compares it with what was read of the source.
     pub verify: bool,
+    /// Waits until the target is durable before it gets its name. Without that, a power cut soon
+    /// afterwards may leave a part of it under that name.
+    pub sync: bool,
     /// Replaces a target that exists.
     pub force: bool,
     /// How the threads do their I/O.
@@ -127,7 +130,8 @@ pub fn convert(
     };
     let mut target = place.make(&ring, &image, || Target::make(&ring, conversion, &image))?;
     // Opened before anything is written: it is told of every error of the host in writing.
-    let durable = File::open(place.partial()).and_then(Durable::new);
+    let durable = || File::open(place.partial()).and_then(Durable::new);
+    let durable = conversion.sync.then(durable).transpose();
     let mut durable = durable.map_err(|error| failure("open", place.partial(), &error))?;
 
     let sums = conversion.verify.then(|| Sums::new(size));
@@ -169,7 +173,10 @@ pub fn convert(
     let started = Instant::now();
     scan.run(worker, |slot| {
         let stored = ring.block_on(target.store(slot), || {});
-        durable.written(stored.map_err(unwritten)?);
+        let stored = stored.map_err(unwritten)?;
+        if let Some(durable) = &mut durable {
+            durable.written(stored);
+        }
         let done = slot.offset + slot.len as u64;
         report(Stage::Converting, started, done, progress);
         Ok(())
@@ -178,16 +185,18 @@ pub fn convert(
     let held_target = finished.map_err(unwritten)?;
 
     // The host writes what is in its cache while that is compared.
-    let syncing = durable.end();
+    let syncing = durable.map(Durable::end);
     let started = Instant::now();
     if let Some(sums) = &sums {
         verify(conversion, &image, sums, stop, |done| {
             report(Stage::Verifying, started, done, progress);
         })?;
     }
-    let synced = syncing.join();
-    let synced = synced.unwrap_or_else(|_| Err(io::Error::other("a thread ended")));
-    synced.map_err(unwritten)?;
+    if let Some(syncing) = syncing {
+        let synced = syncing.join();
+        let synced = synced.unwrap_or_else(|_| Err(io::Error::other("a thread ended")));
+        synced.map_err(unwritten)?;
+    }
     if stop.load(Ordering::Relaxed) {
         return Err(scan::interrupted());
     }

@@ -55,6 +55,7 @@ fn conversion<'a>(source: &'a Image, to: &'static Format, target: &'a Image) -> 
         backing: None,
         compress: false,
         verify: true,
+        sync: true,
         force: false,
         engine: Engine::Auto,
     }

@@ -65,6 +65,9 @@ pub(super) struct Convert {
     /// Do not read TO back and compare it
     #[arg(long)]
     no_verify: bool,
+    /// Do not wait until TO is on disk: a power cut soon afterwards may leave a part of it
+    #[arg(long)]
+    no_sync: bool,
     /// Replace TO if it exists and nobody uses it
     #[arg(long)]
     force: bool,
@@ -113,6 +116,7 @@ impl Convert {
             backing: below.transpose()?,
             compress: self.compress,
             verify: !self.no_verify,
+            sync: !self.no_sync,
             force: self.force,
             engine: engine()?,
         };
