@@ -16,28 +16,30 @@ thread_local! {
 // SAFETY: everything is left to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout);
         // SAFETY: as promised to this function.
-        unsafe { System.alloc(layout) }
+        counted(unsafe { System.alloc(layout) }, layout)
     }
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        count(layout);
         // SAFETY: as promised to this function.
-        unsafe { System.alloc_zeroed(layout) }
+        counted(unsafe { System.alloc_zeroed(layout) }, layout)
     }
 
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        HELD.set(HELD.get() - layout.size() as i64);
+        HELD.set(HELD.get().wrapping_sub(layout.size() as i64));
         // SAFETY: as promised to this function.
         unsafe { System.dealloc(memory, layout) }
     }
 }
 
-fn count(layout: Layout) {
-    ALLOCATIONS.set(ALLOCATIONS.get() + 1);
-    HELD.set(HELD.get() + layout.size() as i64);
-    PEAK.set(PEAK.get().max(HELD.get()));
+/// What was refused is not held. An allocator must not panic, so nothing here can overflow.
+fn counted(memory: *mut u8, layout: Layout) -> *mut u8 {
+    if !memory.is_null() {
+        ALLOCATIONS.set(ALLOCATIONS.get().wrapping_add(1));
+        HELD.set(HELD.get().wrapping_add(layout.size() as i64));
+        PEAK.set(PEAK.get().max(HELD.get()));
+    }
+    memory
 }
 
 /// How often this thread has allocated memory.
