@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -114,13 +114,13 @@ fn log_has_what_the_guest_prints() {
 }
 
 /// A terminal: what is typed goes in at `keyboard`, programs run on its `line`.
-struct Terminal {
+pub(crate) struct Terminal {
     keyboard: File,
     line: OwnedFd,
 }
 
 impl Terminal {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let keyboard = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
         grantpt(&keyboard).unwrap();
         unlockpt(&keyboard).unwrap();
@@ -132,13 +132,17 @@ impl Terminal {
         }
     }
 
-    fn settings(&self) -> Termios {
+    pub(crate) fn settings(&self) -> Termios {
         tcgetattr(&self.line).unwrap()
     }
 
     fn up(&self, folder: &Folder, toml: &str) -> Vm {
+        self.start(folder.command(toml))
+    }
+
+    /// Starts a program in the foreground of this terminal.
+    pub(crate) fn start(&self, mut command: Command) -> Vm {
         let stdio = || Stdio::from(self.line.try_clone().unwrap());
-        let mut command = folder.command(toml);
         command.stdin(stdio()).stdout(stdio()).stderr(stdio());
         // A session of its own, in the foreground of this terminal, as a shell's job would be.
         let own_terminal = || {
@@ -153,7 +157,7 @@ impl Terminal {
     }
 
     /// Checks that the settings are what they were.
-    fn is_restored(&self, before: &Termios) {
+    pub(crate) fn is_restored(&self, before: &Termios) {
         let after = self.settings();
         assert_eq!(
             (after.input_modes, after.output_modes, after.control_modes),
@@ -167,7 +171,7 @@ impl Terminal {
     }
 }
 
-const CTRL_BRACKET: [u8; 1] = [0x1d];
+pub(crate) const CTRL_BRACKET: [u8; 1] = [0x1d];
 
 fn ctrl_bracket_on_a_terminal_presses_the_power_button() {
     let (folder, terminal) = (Folder::new(), Terminal::new());

@@ -164,12 +164,36 @@ impl Folder {
             toml.to_owned()
         };
         self.write("vm.toml", toml);
+        self.launcher(&["up", "vm.toml"])
+    }
+
+    /// `launcher` with these arguments. Every VM that it sees is of this folder.
+    pub(crate) fn launcher(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(launcher());
         command
-            .args(["up", "vm.toml"])
+            .args(arguments)
             .current_dir(self.0.path())
             .env("XDG_RUNTIME_DIR", self.0.path());
         command
+    }
+
+    /// Runs a command of `launcher` to its end: its exit code, what it prints and what it complains of.
+    pub(crate) fn order(&self, arguments: &[&str]) -> (i32, String, String) {
+        let mut process = Vm::start(&mut self.launcher(arguments));
+        let code = process.exit();
+        let errors = process.errors();
+        assert!(
+            process.console.wait_for_end(PATIENCE),
+            "standard output is still open"
+        );
+        (code, process.console.text(), errors)
+    }
+
+    /// The same for one that has to succeed and to complain of nothing; what it prints.
+    pub(crate) fn ordered(&self, arguments: &[&str]) -> String {
+        let (code, printed, errors) = self.order(arguments);
+        assert_eq!((code, &*errors), (0, ""), "{arguments:?}: {printed}");
+        printed
     }
 
     /// Starts a VM with pipes for its console.

@@ -14,7 +14,9 @@
 
 mod blocks;
 mod boot;
+mod client;
 mod console;
+mod control;
 mod disks;
 mod errors;
 mod guest;
@@ -23,6 +25,7 @@ mod kills;
 mod lifecycle;
 mod outer;
 mod qcow2;
+mod resize;
 mod runner;
 mod stream;
 
@@ -45,6 +48,8 @@ fn main() -> ExitCode {
         errors::CASES,
         qcow2::CASES,
         kills::CASES,
+        resize::CASES,
+        control::CASES,
     ]
     .concat();
     let cases = options.select(&all);
