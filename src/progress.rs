@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use formats::Progress;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -17,9 +17,15 @@ pub(crate) fn hook() -> impl Fn(&Progress<'_>) {
     shown(&ALLOCATING)
 }
 
-/// As [`hook`], for a check: what is done is counted in L2 tables, not bytes.
-pub(crate) fn checking() -> impl Fn(&Progress<'_>) {
-    shown(&CHECKING)
+/// As [`hook`], for a check of the image at `path`: what is done, and of how much, is counted in
+/// L2 tables.
+pub(crate) fn checking(path: &Path) -> impl FnMut(u64, u64) {
+    tables(&CHECKING, path)
+}
+
+/// As [`checking`], for what a snapshot of the image reads, several times over.
+pub(crate) fn reading(path: &Path) -> impl FnMut(u64, u64) {
+    tables(&READING, path)
 }
 
 /// As [`hook`], for the copying part of a conversion.
@@ -53,6 +59,11 @@ static CHECKING: Task = Task {
     line: |progress| format!("launcher: checking {}", name(progress.path)),
 };
 
+static READING: Task = Task {
+    style: "reading {prefix} [{bar:30}] {pos} of {len} L2 tables{msg}",
+    line: |progress| format!("launcher: reading the tables of {}", name(progress.path)),
+};
+
 static CONVERTING: Task = Task {
     style: "converting to {prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}{msg}",
     line: |progress| format!("launcher: converting to {}", name(progress.path)),
@@ -62,6 +73,23 @@ static VERIFYING: Task = Task {
     style: "verifying {prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}{msg}",
     line: |progress| format!("launcher: verifying {}", name(progress.path)),
 };
+
+fn tables(task: &'static Task, path: &Path) -> impl FnMut(u64, u64) {
+    let (show, mut start, mut last) = (shown(task), Instant::now(), 0);
+    move |done, total| {
+        if done < last {
+            // Another pass has begun.
+            start = Instant::now();
+        }
+        last = done;
+        show(&Progress {
+            path,
+            done,
+            total,
+            elapsed: start.elapsed(),
+        });
+    }
+}
 
 fn shown(task: &'static Task) -> impl Fn(&Progress<'_>) {
     let terminal = io::stderr().is_terminal();
@@ -115,7 +143,8 @@ impl Bar {
                 .with_style(style.progress_chars("=> "))
                 .with_prefix(name(progress.path))
         });
-        // One of the two draws, at most twenty times a second.
+        // One of the three draws, at most twenty times a second.
+        bar.set_length(progress.total);
         bar.set_message(left(progress));
         bar.set_position(progress.done);
     }

@@ -13,7 +13,10 @@ use tempfile::TempDir;
 fn told(folder: &Path, program: &str, arguments: &[&str]) -> (i32, String, String) {
     let mut command = Command::new(program);
     command.args(arguments).current_dir(folder);
-    let output = command.env_remove("LAUNCHER_LOG").stdin(Stdio::null());
+    let output = command
+        .env_remove("LAUNCHER_LOG")
+        .env("XDG_RUNTIME_DIR", folder)
+        .stdin(Stdio::null());
     let output = output.output().unwrap();
     (
         output.status.code().unwrap(),
@@ -108,8 +111,8 @@ fn a_disk_is_brought_back_to_what_it_was() {
     holds("2");
     let list = done(folder, "list vm.toml 0");
     let lines: Vec<_> = list.lines().collect();
-    assert!(lines[0].starts_with("ID  NAME   DATE "), "{list}");
-    assert!(lines[1].starts_with("1   fresh  2"), "{list}");
+    assert!(lines[0].starts_with("SNAPSHOT ID  NAME   DATE "), "{list}");
+    assert!(lines[1].starts_with("1            fresh  2"), "{list}");
     assert!(lines[2].ends_with(" UTC  1MiB  -"), "{list}");
     assert!(done(folder, "delete vm.toml 0 fresh").starts_with("deleted snapshot `fresh`, id 1"));
     let json = done(folder, "list --json --path a.qcow2");
@@ -154,7 +157,7 @@ fn while_the_image_is_in_use_it_is_only_listed() {
         let holder = format!("process {} (", std::process::id());
         assert!(err.contains(&holder) && err.contains("a.qcow2"), "{err}");
     }
-    assert!(done(folder, "list vm.toml 0").contains("1   fresh"));
+    assert!(done(folder, "list vm.toml 0").contains("1            fresh"));
     drop(held);
     done(folder, "delete vm.toml 0 fresh");
 }
@@ -183,18 +186,14 @@ fn mistakes_say_what_is_expected() {
         (
             "create vm.toml fresh",
             2,
-            "expected a VM, the index or id of a disk, and a",
+            "required arguments were not provided",
         ),
         (
             "create --path a.qcow2 0 x",
             2,
-            "with `--path` goes the snapshot's name alone",
+            "'--path <IMAGE>' cannot be used with '[INDEX|ID]'",
         ),
-        (
-            "list vm.toml",
-            2,
-            "expected a VM and the index or id of a disk",
-        ),
+        ("list vm.toml", 2, "required arguments were not provided"),
         (
             "list vm.toml 1",
             2,
@@ -238,7 +237,7 @@ fn mistakes_say_what_is_expected() {
     }
     // By the image's own name a read-only disk is no matter.
     done(folder, "create --path c.qcow2 a");
-    assert!(done(folder, "list vm.toml 2").contains("1   a "));
+    assert!(done(folder, "list vm.toml 2").contains("1            a "));
 }
 
 #[test]

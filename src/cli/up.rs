@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use clap::{Args, ValueEnum};
 use formats::Engine;
 
+use super::span;
 use crate::config::{ConsoleMode, Vm};
 use crate::control::messages::{Event, Stopped};
 use crate::control::{Owner, Place, Server};
@@ -30,7 +31,7 @@ pub(super) struct Up {
     #[arg(long, value_name = "WHAT", requires = "detach")]
     wait: Option<Wait>,
     /// How long to wait for that
-    #[arg(long, value_name = "TIME", default_value = "120s", value_parser = time)]
+    #[arg(long, value_name = "TIME", default_value = "120s", value_parser = span::parse)]
     wait_timeout: Duration,
     /// Name of the VM, instead of its file's
     #[arg(long)]
@@ -63,10 +64,7 @@ impl Up {
 
     /// Runs the VM in this process.
     fn stay(self) -> Result<u8> {
-        let engine = match std::env::var_os(VARIABLE) {
-            None => Engine::Auto,
-            Some(value) => engine(&value.to_string_lossy())?,
-        };
+        let engine = engine()?;
         let ready = self.ready.map(Ready::inherited).transpose()?;
         let mut vm = config::load(&super::file(self.vm))?;
         if let Some(name) = &self.name {
@@ -128,9 +126,17 @@ fn owner(vm: &Vm) -> Owner {
 }
 
 /// The environment variable that sets how disks do their I/O.
-pub(super) const VARIABLE: &str = "LAUNCHER_IO";
+const VARIABLE: &str = "LAUNCHER_IO";
 
-pub(super) fn engine(word: &str) -> Result<Engine> {
+/// How disks do their I/O, as the environment has it.
+pub(super) fn engine() -> Result<Engine> {
+    match std::env::var_os(VARIABLE) {
+        None => Ok(Engine::Auto),
+        Some(value) => engine_of(&value.to_string_lossy()),
+    }
+}
+
+fn engine_of(word: &str) -> Result<Engine> {
     match word {
         "auto" | "" => Ok(Engine::Auto),
         "io_uring" => Ok(Engine::IoUring),
@@ -141,47 +147,20 @@ pub(super) fn engine(word: &str) -> Result<Engine> {
     }
 }
 
-/// A time such as "500ms", "120s" or "2m".
-fn time(text: &str) -> Result<Duration, String> {
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let millis = match unit {
-        "ms" => 1,
-        "s" => 1_000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        _ => 0,
-    };
-    let number: Option<u64> = number.parse().ok();
-    match number.and_then(|number| number.checked_mul(millis)) {
-        Some(time) if millis > 0 => Ok(Duration::from_millis(time)),
-        _ => Err("expected a time such as 500ms, 120s or 2m".to_owned()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn an_engine_is_one_of_three_words() {
-        assert_eq!(engine("auto").unwrap(), Engine::Auto);
-        assert_eq!(engine("io_uring").unwrap(), Engine::IoUring);
-        assert_eq!(engine("threads").unwrap(), Engine::Threads);
-        let error = engine("thread").unwrap_err();
+        assert_eq!(engine_of("auto").unwrap(), Engine::Auto);
+        assert_eq!(engine_of("io_uring").unwrap(), Engine::IoUring);
+        assert_eq!(engine_of("threads").unwrap(), Engine::Threads);
+        let error = engine_of("thread").unwrap_err();
         assert_eq!(error.exit, 2);
         assert_eq!(
             error.to_string(),
             "error: LAUNCHER_IO is \"thread\", expected auto, io_uring or threads"
         );
-    }
-
-    #[test]
-    fn a_time_has_a_unit() {
-        assert_eq!(time("500ms"), Ok(Duration::from_millis(500)));
-        assert_eq!(time("2m"), Ok(Duration::from_secs(120)));
-        for text in ["", "5", "s", "-1s", "1.5s", "99999999999999999999s"] {
-            assert!(time(text).is_err(), "{text}");
-        }
     }
 }

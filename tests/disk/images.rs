@@ -20,13 +20,18 @@ fn create_makes_an_image_of_the_format_that_its_name_tells() {
         (folder.len("a.img"), folder.allocated("a.img")),
         (8 * MIB, 0)
     );
-    let options = ["-o", "cluster_size=128KiB", "-o", "extended_l2=true"];
+    let options = [
+        "-o",
+        "cluster_size=128KiB,extended_l2=on",
+        "-o",
+        "version=3",
+    ];
     folder.launcher_does(&[&["disk", "create", "a.qcow2", "1TiB"][..], &options].concat());
     let info = folder.info("a.qcow2");
     assert_eq!(info["virtual-size"], 1u64 << 40);
     assert_eq!(info["cluster-size"], 128 * KIB);
     assert_eq!(info["format-specific"]["data"]["extended-l2"], true);
-    folder.launcher_does(&["disk", "create", "b", "1MiB", "--format", "qcow2"]);
+    folder.launcher_does(&["disk", "create", "b", "1MiB", "-f", "qcow2"]);
     assert_eq!(folder.info("b")["format"], "qcow2");
 }
 
@@ -142,7 +147,7 @@ fn info_says_what_qemu_img_says() {
     for line in [
         "compression   zstd",
         "backing file  base.img (format: raw)",
-        "SNAPSHOT  NAME",
+        "SNAPSHOT ID  NAME",
     ] {
         assert!(text.contains(line), "{text}");
     }
@@ -244,6 +249,16 @@ fn check_finds_a_leak_and_repair_frees_it() {
     assert_eq!((done.code, &*done.err), (1, ""), "{done:?}");
     assert!(done.out.contains("leak: "), "{done:?}");
     assert!(folder.read("a.qcow2") == before);
+    let done = folder.launcher(&["disk", "check", "vm.toml", "0", "--json"]);
+    assert_eq!((done.code, &*done.err), (1, ""), "{done:?}");
+    let found: Value = serde_json::from_str(&done.out).unwrap();
+    assert_eq!(
+        (&found["leaks"], &found["clean"]),
+        (&1.into(), &false.into())
+    );
+    assert_eq!(found["corruptions"], 0);
+    assert_eq!(found["problems"][0]["kind"], "leak");
+    assert_eq!(found["allocated_clusters"], 16);
     let said = folder.launcher_does(&["disk", "check", "vm.toml", "0", "--repair"]);
     assert!(
         said.contains("repaired: 0 corruptions, 1 leaked cluster\nno errors"),
@@ -251,6 +266,23 @@ fn check_finds_a_leak_and_repair_frees_it() {
     );
     folder.qemu_img(&["check", "-q", "a.qcow2"]);
     folder.launcher_does(&["disk", "check", "--path", "a.qcow2"]);
+}
+
+#[test]
+fn what_nothing_tells_the_use_of_or_is_read_only_is_checked_and_not_repaired() {
+    for (key, said) in [
+        ("ro = true", "which is not changed"),
+        ("lock = false", "nothing tells whether a VM uses it"),
+    ] {
+        let folder = Folder::new(&format!("[[block]]\npath = \"a.qcow2\"\n{key}\n"));
+        folder.qemu_img(&["create", "-q", "-f", "qcow2", "a.qcow2", "16M"]);
+        let check = ["disk", "check", "vm.toml", "0"];
+        folder.launcher_does(&check);
+        let done = folder.launcher(&[&check[..], &["--repair"]].concat());
+        assert_eq!((done.code, &*done.out), (1, ""), "{done:?}");
+        assert!(done.err.contains(said), "{done:?}");
+        folder.launcher_does(&["disk", "check", "--path", "a.qcow2", "--repair"]);
+    }
 }
 
 #[test]

@@ -1,16 +1,18 @@
 //! `launcher disk convert`.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::Args;
 use formats::convert::{Conversion, Stage};
-use formats::{Engine, Format, Image, OpenError, OptionKind, OptionValue, Progress, raw_for};
+use formats::{Image, OpenError, Progress};
 
+use super::format::{allocated, format_of, options};
+use super::image::lone;
 use crate::cli::{output::print, up};
-use crate::config::{expects, size};
+use crate::config::size;
 use crate::{Error, Result, exit, progress, signals};
 
 /// Convert a disk image to another format, or to one with other options
@@ -22,8 +24,8 @@ use crate::{Error, Result, exit, progress, signals};
 #[command(
     after_help = "Examples:\n  launcher disk convert disk.raw disk.qcow2\n  \
                   launcher disk convert old.qcow2 new.qcow2 -o cluster_size=128KiB,extended_l2=true\n  \
-                  launcher disk convert overlay.qcow2 whole.raw --from-backing base.qcow2\n\n\
-                  Example:\n  launcher disk convert disk.raw disk.qcow2 --compress -o compression_type=zstd"
+                  launcher disk convert overlay.qcow2 whole.raw --from-backing base.qcow2\n  \
+                  launcher disk convert disk.raw disk.qcow2 --compress -o compression_type=zstd"
 )]
 pub(super) struct Convert {
     /// The image to read
@@ -75,24 +77,17 @@ pub(super) struct Convert {
 
 impl Convert {
     pub(super) fn run(self) -> Result<u8> {
-        let from = format_of(&self.from, self.from_format.as_deref(), "from-format", true)?;
-        let to = format_of(
-            &self.to,
-            self.to_format.as_deref(),
-            "to-format",
-            !self.allocate,
-        )?;
+        let (from_format, to_format) = (self.from_format.as_deref(), self.to_format.as_deref());
+        let from = format_of(&self.from, from_format, Some("from-format"))?;
+        let mut to = format_of(&self.to, to_format, Some("to-format"))?;
+        if self.allocate {
+            to = allocated(to)?;
+        }
         let source = Image {
-            path: self.from,
-            ro: true,
-            sparse: true,
-            o_direct: false,
-            block_size: 512,
-            lock: true,
-            size: None,
             backing: self.from_backing,
-            format_written: self.from_format.is_some(),
+            format_written: from_format.is_some(),
             options: options(from, &self.from_options)?,
+            ..lone(&self.from)
         };
         let target = Image {
             path: self.to,
@@ -107,7 +102,7 @@ impl Convert {
             return Err(Error::usage(message).help("with `--to-format qcow2` it can have one"));
         }
         let below = target.backing.first();
-        let below = below.map(|path| format_of(path, None, "backing", true));
+        let below = below.map(|path| format_of(path, None, None));
         let conversion = Conversion {
             from,
             source: &source,
@@ -118,7 +113,7 @@ impl Convert {
             verify: !self.no_verify,
             sync: !self.no_sync,
             force: self.force,
-            engine: engine()?,
+            engine: up::engine()?,
         };
         let stop = stop_on_signals()
             .map_err(|error| Error::failed(format!("cannot wait for signals: {error}")))?;
@@ -137,14 +132,6 @@ impl Convert {
             size::show(size)
         ))?;
         Ok(exit::DONE)
-    }
-}
-
-/// How the threads do their I/O, as the environment has it.
-fn engine() -> Result<Engine> {
-    match std::env::var_os(up::VARIABLE) {
-        None => Ok(Engine::Auto),
-        Some(value) => up::engine(&value.to_string_lossy()),
     }
 }
 
@@ -183,92 +170,6 @@ fn stop_on_signals() -> io::Result<Arc<AtomicBool>> {
     Ok(stop)
 }
 
-/// The format of an image: the one written out, or its extension's. `thin` picks between the two
-/// that raw images have.
-fn format_of(
-    path: &Path,
-    written: Option<&str>,
-    flag: &str,
-    thin: bool,
-) -> Result<&'static Format> {
-    let names = || {
-        let names = formats::formats()?;
-        let names: Vec<_> = names.iter().map(|format| format.name).collect();
-        Ok::<_, Error>(format!("this build has {}", names.join(", ")))
-    };
-    let found = match written {
-        Some(name) => match formats::find(name) {
-            Some(format) => format,
-            None => {
-                let message = format!("`--{flag}` is {name:?}, expected the name of a format");
-                return Err(Error::usage(message).help(names()?));
-            }
-        },
-        None => {
-            let extension = path.extension().and_then(|extension| extension.to_str());
-            match extension.and_then(formats::for_extension) {
-                Some(format) => format,
-                None => {
-                    let shown = path.display();
-                    let message = format!("the name `{shown}` does not tell the image's format");
-                    let error = Error::usage(message);
-                    return Err(match flag {
-                        "backing" => error.help("give it an extension that a format has"),
-                        _ => error.help(format!("add `--{flag}`: {}", names()?)),
-                    });
-                }
-            }
-        }
-    };
-    let raw = [true, false].map(raw_for).contains(&found.name);
-    let by_width = formats::find(raw_for(thin)).filter(|_| raw);
-    Ok(by_width.unwrap_or(found))
-}
-
-/// The options that were given, each of which the format must have.
-fn options(format: &Format, given: &[String]) -> Result<Vec<(&'static str, OptionValue)>> {
-    let mut options: Vec<(&'static str, OptionValue)> = Vec::new();
-    for option in given {
-        let Some((key, value)) = option.split_once('=') else {
-            let message = format!("the option is {option:?}, expected KEY=VALUE");
-            return Err(Error::usage(message).help("as in `-o cluster_size=128KiB`"));
-        };
-        let Some(known) = format.options.iter().find(|known| known.name == key) else {
-            let names: Vec<_> = format.options.iter().map(|known| known.name).collect();
-            let message = format!("the format `{}` has no option {key:?}", format.name);
-            let error = Error::usage(message);
-            return Err(match names.is_empty() {
-                true => error.help("it has no options at all"),
-                false => error.help(format!("it has {}", names.join(", "))),
-            });
-        };
-        let read = value_of(known.kind, value).ok_or_else(|| {
-            let expects = expects(known.kind);
-            Error::usage(format!("`{key}` is {value:?}, expected {expects}"))
-        })?;
-        options.retain(|(other, _)| *other != known.name);
-        options.push((known.name, read));
-    }
-    Ok(options)
-}
-
-/// A value as it stands on the command line: without TOML's quotes.
-fn value_of(kind: OptionKind, value: &str) -> Option<OptionValue> {
-    match kind {
-        OptionKind::Bool => match value {
-            "true" | "on" => Some(OptionValue::Bool(true)),
-            "false" | "off" => Some(OptionValue::Bool(false)),
-            _ => None,
-        },
-        OptionKind::Size => size::parse(value).ok().map(OptionValue::Number),
-        OptionKind::Integer => value.parse().ok().map(OptionValue::Number),
-        OptionKind::Path => (!value.is_empty()).then(|| OptionValue::Path(value.into())),
-        OptionKind::Choice(words) => words
-            .contains(&value)
-            .then(|| OptionValue::Word(value.to_owned())),
-    }
-}
-
 /// An error whose advice is for a VM's file, with advice for this command.
 fn on_the_command_line(error: OpenError, conversion: &Conversion<'_>) -> Error {
     let source = error
@@ -284,77 +185,4 @@ fn on_the_command_line(error: OpenError, conversion: &Conversion<'_>) -> Error {
     };
     let help = help.map(str::to_owned).or(error.help.clone());
     OpenError { help, ..error }.into()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn qcow2(given: &[&str]) -> Result<Vec<(&'static str, OptionValue)>, String> {
-        let given: Vec<_> = given.iter().map(|it| (*it).to_owned()).collect();
-        options(formats::find("qcow2").unwrap(), &given).map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn options_are_read_as_their_kinds_and_the_last_of_one_name_holds() {
-        assert_eq!(
-            qcow2(&[
-                "cluster_size=128K",
-                "extended_l2=on",
-                "version=2",
-                "version=3"
-            ])
-            .unwrap(),
-            [
-                ("cluster_size", OptionValue::Number(128 << 10)),
-                ("extended_l2", OptionValue::Bool(true)),
-                ("version", OptionValue::Number(3)),
-            ]
-        );
-    }
-
-    #[test]
-    fn an_option_that_the_format_does_not_have_or_take_is_refused() {
-        for (given, said) in [
-            (
-                "extended_l2",
-                "error: the option is \"extended_l2\", expected KEY=VALUE",
-            ),
-            (
-                "clusters=1",
-                "error: the format `qcow2` has no option \"clusters\"",
-            ),
-            (
-                "version=x",
-                "error: `version` is \"x\", expected a whole number",
-            ),
-            (
-                "compression_type=lz4",
-                "error: `compression_type` is \"lz4\", expected \"zlib\" or \"zstd\"",
-            ),
-        ] {
-            let error = qcow2(&[given]).unwrap_err();
-            assert!(error.starts_with(said), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_raw_image_is_thin_unless_it_is_to_be_allocated() {
-        let name = |path: &str, written, thin| {
-            format_of(Path::new(path), written, "to-format", thin)
-                .map(|format| format.name)
-                .map_err(|error| error.to_string())
-        };
-        assert_eq!(name("a.img", None, true).unwrap(), "sparse-raw");
-        assert_eq!(name("a", Some("raw"), true).unwrap(), "sparse-raw");
-        assert_eq!(name("a.raw", None, false).unwrap(), "raw");
-        assert_eq!(name("a.qcow2", None, false).unwrap(), "qcow2");
-        let error = name("a", None, true).unwrap_err();
-        assert!(
-            error.contains("add `--to-format`: this build has"),
-            "{error}"
-        );
-        let error = name("a", Some("vmdk"), true).unwrap_err();
-        assert!(error.contains("`--to-format` is \"vmdk\""), "{error}");
-    }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use super::image::named;
+use super::format::named;
 use super::look::{look, one_line};
 use crate::cli::output::{print, print_json, rough, table};
 use crate::cli::target::Target;

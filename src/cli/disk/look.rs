@@ -9,7 +9,6 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::Duration;
 
 use formats::Format;
 use formats::qcow2::header::{MAX_HEADER, autoclear, compatible, incompatible};
@@ -17,7 +16,9 @@ use formats::qcow2::{Compression, Header, Snapshot, snapshot};
 use rustix::fs::OFlags;
 use serde::Serialize;
 
-use super::image::{lone, raw_name, ring, text};
+use super::format::{is_qcow2, raw_name};
+use super::image::{lone, ring, text};
+use super::snapshots::Listed;
 use crate::{Error, Result};
 
 /// What is to be seen of an image.
@@ -55,17 +56,6 @@ pub(super) struct Qcow2 {
     pub(super) snapshots: Vec<Listed>,
 }
 
-/// An internal snapshot.
-#[derive(Clone, Debug, Serialize)]
-pub(super) struct Listed {
-    pub(super) id: String,
-    pub(super) name: String,
-    /// Seconds since the beginning of 1970 in UTC.
-    pub(super) date: u64,
-    pub(super) disk_size: Option<u64>,
-    pub(super) vm_state_size: u64,
-}
-
 /// Looks at an image. `in_use` says that another process may be writing to it.
 pub(super) fn look(path: &Path, format: &'static Format, in_use: bool) -> Result<Look> {
     let shown = path.display();
@@ -88,7 +78,7 @@ pub(super) fn look(path: &Path, format: &'static Format, in_use: bool) -> Result
     };
     if raw_name(format.name) {
         seen.size = Some(file_size);
-    } else if format.name.starts_with("qcow2") {
+    } else if is_qcow2(format) {
         let (header, snapshots) = qcow2(path, &mut file)?;
         seen.size = Some(header.size);
         seen.qcow2 = Some(Qcow2::of(&header, &snapshots));
@@ -207,25 +197,9 @@ impl Qcow2 {
             backing_format: header.backing_format.clone(),
             data_file: header.data_file.as_deref().map(plain),
             bitmaps: header.bitmaps.as_ref().map_or(0, |bitmaps| bitmaps.count),
-            snapshots: snapshots.iter().map(Listed::of).collect(),
+            snapshots: snapshots.iter().map(Listed::from).collect(),
         }
     }
-}
-
-impl Listed {
-    fn of(snapshot: &Snapshot) -> Listed {
-        Listed {
-            id: snapshot.id.clone(),
-            name: snapshot.name.clone(),
-            date: whole_seconds(snapshot.date),
-            disk_size: snapshot.disk_size,
-            vm_state_size: snapshot.vm_state_size,
-        }
-    }
-}
-
-fn whole_seconds(date: Duration) -> u64 {
-    date.as_secs()
 }
 
 fn plain(name: impl AsRef<std::ffi::OsStr>) -> String {

@@ -3,6 +3,7 @@
 mod check;
 mod convert;
 mod create;
+mod format;
 mod image;
 mod info;
 mod list;
@@ -10,6 +11,8 @@ mod look;
 mod resize;
 mod save;
 mod snapshot;
+mod snapshots;
+mod which;
 
 use clap::{Args, Subcommand};
 

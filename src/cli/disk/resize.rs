@@ -8,8 +8,10 @@ use std::time::Instant;
 use clap::Args;
 use formats::{Disk, Format, Image, OpenError, Ring};
 
-use super::image::{self, at_block, index_of, named, raw_name, thin};
+use super::format::{named, raw_name, thin};
+use super::image::{self, at_block};
 use super::save::save;
+use super::which::index_of;
 use crate::cli::output::{complain, print};
 use crate::cli::target::{Target, ask};
 use crate::config::{Block, Vm, size};

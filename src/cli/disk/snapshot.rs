@@ -1,17 +1,16 @@
 //! `launcher disk snapshot`.
 
-mod listing;
-
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use formats::qcow2::snapshots::{self, Which};
-use formats::{find, for_extension};
+use formats::qcow2::snapshots;
 
+use super::format::is_qcow2;
+use super::snapshots::{Listed, listing, shown, utc};
+use super::which::{Found, Lone, Which};
 use crate::cli::output::{complain, print, print_json};
-use crate::config::{self, Block, Vm, size};
-use crate::{Error, Result, exit};
-use listing::{Listed, listing, shown, utc};
+use crate::config::size;
+use crate::{Error, Result, exit, progress};
 
 /// Keep what a disk holds now inside its qcow2 image, and bring it back
 ///
@@ -36,26 +35,21 @@ enum Command {
 #[command(
     override_usage = "launcher disk snapshot create <VM> <INDEX|ID> <NAME>\n       \
                       launcher disk snapshot create --path <IMAGE> <NAME>",
-    after_help = "Example:\n  launcher disk snapshot create vm.toml 0 before-upgrade"
+    after_help = "Examples:\n  launcher disk snapshot create vm.toml 0 before-upgrade\n  \
+                  launcher disk snapshot create --path root.qcow2 before-upgrade"
 )]
 struct Create {
     #[command(flatten)]
     named: Named,
 }
 
-/// List the snapshots of a disk; of a running VM's too
+/// List the snapshots of a disk, of a running VM too
 #[derive(Args)]
-#[command(
-    override_usage = "launcher disk snapshot list [--json] <VM> <INDEX|ID>\n       \
-                      launcher disk snapshot list [--json] --path <IMAGE>",
-    after_help = "Example:\n  launcher disk snapshot list vm.toml 0"
-)]
+#[command(after_help = "Examples:\n  launcher disk snapshot list vm.toml 0\n  \
+                  launcher disk snapshot list --path root.qcow2 --json")]
 struct List {
     #[command(flatten)]
-    image: Image,
-    /// TOML file of the VM, or its folder, and the disk: its index over [[block]] from 0, or its id
-    #[arg(value_name = "VM INDEX|ID", num_args = 0..=2)]
-    words: Vec<String>,
+    which: Which,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -70,10 +64,7 @@ struct List {
 )]
 struct Apply {
     #[command(flatten)]
-    named: Named,
-    /// NAME is the snapshot's id
-    #[arg(long)]
-    id: bool,
+    one: One,
 }
 
 /// Delete a snapshot; the disk stays as it is
@@ -81,43 +72,43 @@ struct Apply {
 #[command(
     override_usage = "launcher disk snapshot delete [--id] <VM> <INDEX|ID> <NAME>\n       \
                       launcher disk snapshot delete [--id] --path <IMAGE> <NAME>",
-    after_help = "Example:\n  launcher disk snapshot delete vm.toml 0 before-upgrade"
+    after_help = "Examples:\n  launcher disk snapshot delete vm.toml 0 before-upgrade\n  \
+                  launcher disk snapshot delete vm.toml 0 --id 3"
 )]
 struct Delete {
     #[command(flatten)]
-    named: Named,
-    /// NAME is the snapshot's id
-    #[arg(long)]
-    id: bool,
-}
-
-/// An image that no VM's file describes.
-#[derive(Args)]
-struct Image {
-    /// An image, instead of a VM's disk
-    #[arg(long, value_name = "IMAGE")]
-    path: Option<PathBuf>,
-    /// Format of that image [default: the one that its extension stands for]
-    #[arg(long, requires = "path")]
-    format: Option<String>,
+    one: One,
 }
 
 /// A disk, and the name of a snapshot of it.
 #[derive(Args)]
 struct Named {
+    /// TOML file of the VM, the folder of its vm.toml, or the name of a running VM; with --path,
+    /// the snapshot's NAME instead
+    #[arg(value_name = "VM")]
+    first: String,
+    /// The disk: its index over [[block]] from 0, or its id
+    #[arg(
+        value_name = "INDEX|ID",
+        required_unless_present = "path",
+        conflicts_with = "path"
+    )]
+    disk: Option<String>,
+    /// Name of the snapshot
+    #[arg(required_unless_present = "path", conflicts_with = "path")]
+    name: Option<String>,
     #[command(flatten)]
-    image: Image,
-    /// TOML file of the VM, or its folder; the disk: its index over [[block]] from 0, or its id;
-    /// and the snapshot's name. With --path the name alone
-    #[arg(value_name = "VM INDEX|ID NAME", required = true, num_args = 1..=3)]
-    words: Vec<String>,
+    lone: Lone,
 }
 
-/// A disk that a command line means.
-struct Disk {
-    path: PathBuf,
-    /// Its part of a VM's file, if that describes it.
-    block: Option<Block>,
+/// A snapshot that there is.
+#[derive(Args)]
+struct One {
+    #[command(flatten)]
+    named: Named,
+    /// NAME is the snapshot's id
+    #[arg(long)]
+    id: bool,
 }
 
 impl Snapshot {
@@ -134,38 +125,36 @@ impl Snapshot {
 
 impl Create {
     fn run(self) -> Result<()> {
-        let (disk, name) = self.named.disk()?;
-        let snapshot = snapshots::create(disk.changeable()?, &name, &mut |_, _| {})?;
+        let (disk, name) = self.named.find()?;
+        let path = disk.changeable()?;
+        let snapshot = snapshots::create(path, &name, &mut progress::reading(path))?;
         print(&format!(
             "created snapshot `{}`, id {}, in {}\n",
             shown(&snapshot.name),
             shown(&snapshot.id),
-            disk.path.display()
+            path.display()
         ))
     }
 }
 
 impl List {
     fn run(self) -> Result<()> {
-        let disk = match (self.image.path, &self.words[..]) {
-            (Some(path), []) => Disk::lone(path, self.image.format.as_deref())?,
-            (None, [vm, disk]) => Disk::of_vm(vm, disk)?,
-            (Some(_), _) => return Err(with_path("nothing else")),
-            (None, _) => return Err(wanted("a VM and the index or id of a disk")),
-        };
-        let snapshots = snapshots::list(&disk.path)?;
+        let disk = with_snapshots(self.which)?;
+        let snapshots = snapshots::list(disk.path())?;
+        let listed: Vec<_> = snapshots.iter().map(Listed::from).collect();
         match self.json {
-            true => print_json(&snapshots.iter().map(Listed::from).collect::<Vec<_>>()),
-            false => print(&listing(&snapshots)),
+            true => print_json(&listed),
+            false => print(&listing(&listed)),
         }
     }
 }
 
 impl Apply {
     fn run(self) -> Result<()> {
-        let (disk, name) = self.named.disk()?;
+        let (disk, name) = self.one.named.find()?;
         let path = disk.changeable()?;
-        let snapshot = snapshots::apply(path, which(&name, self.id), &mut |_, _| {})?;
+        let which = which(&name, self.one.id);
+        let snapshot = snapshots::apply(path, which, &mut progress::reading(path))?;
         print(&format!(
             "{} is as in snapshot `{}` of {}\n",
             path.display(),
@@ -175,7 +164,7 @@ impl Apply {
         if snapshot.vm_state_size > 0 {
             complain(&"note: the state of the VM that is in the snapshot was not restored");
         }
-        let declared = disk.block.as_ref().and_then(|block| block.size);
+        let declared = disk.block().and_then(|block| block.size);
         if let (Some(declared), Some(now)) = (declared, snapshot.disk_size)
             && declared != now
         {
@@ -195,9 +184,10 @@ impl Apply {
 
 impl Delete {
     fn run(self) -> Result<()> {
-        let (disk, name) = self.named.disk()?;
+        let (disk, name) = self.one.named.find()?;
         let path = disk.changeable()?;
-        let snapshot = snapshots::delete(path, which(&name, self.id), &mut |_, _| {})?;
+        let which = which(&name, self.one.id);
+        let snapshot = snapshots::delete(path, which, &mut progress::reading(path))?;
         print(&format!(
             "deleted snapshot `{}`, id {}, from {}\n",
             shown(&snapshot.name),
@@ -207,119 +197,38 @@ impl Delete {
     }
 }
 
-fn which(name: &str, id: bool) -> Which<'_> {
+fn which(name: &str, id: bool) -> snapshots::Which<'_> {
     match id {
-        true => Which::Id(name),
-        false => Which::Name(name),
+        true => snapshots::Which::Id(name),
+        false => snapshots::Which::Name(name),
     }
 }
 
 impl Named {
     /// The disk, and the name of a snapshot.
-    fn disk(self) -> Result<(Disk, String)> {
-        match (self.image.path, &self.words[..]) {
-            (Some(path), [name]) => {
-                let disk = Disk::lone(path, self.image.format.as_deref())?;
-                Ok((disk, name.clone()))
-            }
-            (None, [vm, disk, name]) => Ok((Disk::of_vm(vm, disk)?, name.clone())),
-            (Some(_), _) => Err(with_path("the snapshot's name alone")),
-            (None, _) => Err(wanted(
-                "a VM, the index or id of a disk, and a snapshot's name",
-            )),
-        }
-    }
-}
-
-fn with_path(what: &str) -> Error {
-    Error::usage(format!("with `--path` goes {what}, no VM and no disk"))
-}
-
-fn wanted(what: &str) -> Error {
-    Error::usage(format!("expected {what}"))
-        .help("see `launcher disk snapshot --help`; for an image without a VM: `--path IMAGE`")
-}
-
-impl Disk {
-    /// An image that no VM's file describes. Its format is never guessed from content.
-    fn lone(path: PathBuf, format: Option<&str>) -> Result<Disk> {
-        let name = match format {
-            Some(name) => find(name).map(|format| format.name).ok_or_else(|| {
-                Error::usage(format!(
-                    "`--format` is {name:?}, expected the name of a format"
-                ))
-                .help("see `launcher formats`")
-            })?,
-            None => {
-                let extension = path.extension().and_then(|extension| extension.to_str());
-                let found = extension.and_then(for_extension).map(|format| format.name);
-                found.ok_or_else(|| {
-                    let shown = path.display();
-                    Error::usage(format!(
-                        "the name `{shown}` does not tell the image's format"
-                    ))
-                    .help("add `--format qcow2` if it is qcow2")
-                })?
-            }
+    fn find(self) -> Result<(Found, String)> {
+        let (vm, name) = match self.name {
+            Some(name) => (Some(PathBuf::from(self.first)), name),
+            None => (None, self.first),
         };
-        has_snapshots(&path, name)?;
-        Ok(Disk { path, block: None })
-    }
-
-    fn of_vm(vm: &str, disk: &str) -> Result<Disk> {
-        let vm = config::load(&crate::cli::file(Some(PathBuf::from(vm))))?;
-        let block = block_of(&vm, disk)?.clone();
-        has_snapshots(&block.path, &block.format)?;
-        Ok(Disk {
-            path: block.path.clone(),
-            block: Some(block),
-        })
-    }
-
-    /// Where it is, if it may be changed.
-    fn changeable(&self) -> Result<&Path> {
-        let path = self.path.display();
-        match &self.block {
-            Some(block) if block.ro => Err(Error::failed(format!(
-                "`{path}` is the image of a disk with `ro = true`, which is not changed"
-            ))
-            .help(format!(
-                "to change it all the same, name the image: `--path {path}`"
-            ))),
-            Some(block) if !block.lock => Err(Error::failed(format!(
-                "`{path}` is the image of a disk with `lock = false`: nothing tells whether a VM \
-                 uses it"
-            ))
-            .help(format!("if none does, name the image: `--path {path}`"))),
-            _ => Ok(&self.path),
-        }
+        let which = Which {
+            vm,
+            disk: self.disk,
+            lone: self.lone,
+        };
+        Ok((with_snapshots(which)?, name))
     }
 }
 
-/// A disk by its index or its `id`.
-fn block_of<'a>(vm: &'a Vm, disk: &str) -> Result<&'a Block> {
-    let index: Option<usize> = disk.parse().ok();
-    let by_index = index.and_then(|index| vm.block.get(index));
-    let by_id = || vm.block.iter().find(|it| it.id.as_deref() == Some(disk));
-    by_index.or_else(by_id).ok_or_else(|| {
-        let file = vm.file.display();
-        let error = Error::usage(format!(
-            "{file} has no disk {disk:?}, expected its index or its `id`"
-        ));
-        match vm.block.len() {
-            0 => error.help("it has no disk at all: add a `[[block]]`"),
-            1 => error.help("its only disk is 0"),
-            count => error.help(format!("its disks are 0 to {}", count - 1)),
-        }
-    })
-}
-
-fn has_snapshots(path: &Path, format: &str) -> Result<()> {
-    match format {
-        "qcow2" => Ok(()),
-        _ => Err(Error::usage(format!(
-            "`{}` is {format}, which has no snapshots, expected qcow2",
-            path.display()
+/// A disk whose image can have snapshots.
+fn with_snapshots(which: Which) -> Result<Found> {
+    let found = which.find()?;
+    match is_qcow2(found.format) {
+        true => Ok(found),
+        false => Err(Error::usage(format!(
+            "`{}` is {}, which has no snapshots, expected qcow2",
+            found.path().display(),
+            found.format.name
         ))),
     }
 }

@@ -5,14 +5,14 @@ use std::time::Duration;
 use formats::qcow2;
 use serde::Serialize;
 
-use crate::cli::output::table;
+use crate::cli::output::{rough, table};
 use crate::config::size;
 
 /// A snapshot as programs see it.
-#[derive(Serialize)]
-pub(super) struct Listed<'a> {
-    id: &'a str,
-    name: &'a str,
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Listed {
+    id: String,
+    name: String,
     /// Seconds since the beginning of 1970 in UTC.
     date: u64,
     /// In bytes; null if its maker did not write it down.
@@ -24,11 +24,11 @@ pub(super) struct Listed<'a> {
     icount: Option<u64>,
 }
 
-impl<'a> From<&'a qcow2::Snapshot> for Listed<'a> {
-    fn from(snapshot: &'a qcow2::Snapshot) -> Self {
+impl From<&qcow2::Snapshot> for Listed {
+    fn from(snapshot: &qcow2::Snapshot) -> Self {
         Listed {
-            id: &snapshot.id,
-            name: &snapshot.name,
+            id: snapshot.id.clone(),
+            name: snapshot.name.clone(),
             date: snapshot.date.as_secs(),
             disk_size: snapshot.disk_size,
             vm_state_size: snapshot.vm_state_size,
@@ -39,20 +39,20 @@ impl<'a> From<&'a qcow2::Snapshot> for Listed<'a> {
 }
 
 /// Snapshots as people see them.
-pub(super) fn listing(snapshots: &[qcow2::Snapshot]) -> String {
+pub(super) fn listing(snapshots: &[Listed]) -> String {
     if snapshots.is_empty() {
         return "no snapshots\n".to_owned();
     }
-    let mut rows = vec![["ID", "NAME", "DATE", "SIZE", "VM STATE"].map(str::to_owned)];
+    let mut rows = vec![["SNAPSHOT ID", "NAME", "DATE", "SIZE", "VM STATE"].map(str::to_owned)];
     rows.extend(snapshots.iter().map(|snapshot| {
         [
             shown(&snapshot.id),
             shown(&snapshot.name),
-            utc(snapshot.date),
+            utc(Duration::from_secs(snapshot.date)),
             snapshot.disk_size.map_or("-".to_owned(), size::show),
             match snapshot.vm_state_size {
                 0 => "-".to_owned(),
-                len => size::show(len),
+                len => rough(len),
             },
         ]
     }));
@@ -133,16 +133,16 @@ mod tests {
     fn each_snapshot_has_a_row() {
         assert_eq!(listing(&[]), "no snapshots\n");
         let snapshots = [
-            snapshot("fresh", Some(1 << 30), 0),
-            snapshot("\x1b[2Jx", None, 5 << 20),
+            Listed::from(&snapshot("fresh", Some(1 << 30), 0)),
+            Listed::from(&snapshot("\x1b[2Jx", None, 5 << 20)),
         ];
         assert_eq!(
             listing(&snapshots),
-            "ID  NAME        DATE                     SIZE  VM STATE\n\
-             1   fresh       2023-11-14 22:13:20 UTC  1GiB  -\n\
-             1   \\u{1b}[2Jx  2023-11-14 22:13:20 UTC  -     5MiB\n"
+            "SNAPSHOT ID  NAME        DATE                     SIZE  VM STATE\n\
+             1            fresh       2023-11-14 22:13:20 UTC  1GiB  -\n\
+             1            \\u{1b}[2Jx  2023-11-14 22:13:20 UTC  -     5MiB\n"
         );
-        let json = serde_json::to_value(Listed::from(&snapshots[1])).unwrap();
+        let json = serde_json::to_value(&snapshots[1]).unwrap();
         assert_eq!(json["name"], "\x1b[2Jx");
         assert_eq!(json["disk_size"], serde_json::Value::Null);
         assert_eq!(json["vm_clock_ns"], 2_000_000_000u64);
