@@ -55,29 +55,29 @@ fn sum(printed: &str) -> &str {
     printed.split(' ').next().unwrap_or_default()
 }
 
-/// Stock Debian on an overlay that `launcher` makes: it lives as on any disk, gives back what it deletes, grows
-/// between two boots and once more; and the base stays what it was, byte by byte.
+/// Stock Debian on an overlay that `launcher` makes: it lives as on any disk, gives back what it deletes, and
+/// is grown while it runs; and the base stays what it was, byte by byte.
 fn debian_root_over_a_base_installs_trims_and_grows() {
     let folder = Folder::new();
     let config = folder.config("debian");
     symlink(debian_base(), folder.path("base.img")).unwrap();
     let base = || folder.host("/bin/busybox", &["md5sum", "base.img"]);
     let before = base();
-    let toml = |size: &str| {
+    let toml = {
         let raw = "path = \"root.img\"\nformat = \"raw\"";
-        let overlay = format!("path = \"root.qcow2\"\nbacking = \"base.img\"\nsize = \"{size}\"");
+        let overlay = "path = \"root.qcow2\"\nbacking = \"base.img\"\nsize = \"3GiB\"";
         assert!(config.contains(raw), "{config}");
-        config.replace(raw, &overlay)
+        config.replace(raw, overlay)
     };
-    let boot = |size| {
-        let mut vm = folder.up(&toml(size));
+    let boot = || {
+        let mut vm = folder.up(&toml);
         vm.wait_for("root@debian:~#");
         vm.run("resize2fs /dev/vda");
         vm
     };
     let size = |vm: &mut Vm| -> u64 { vm.run("findmnt -bno SIZE /").trim().parse().unwrap() };
 
-    let mut vm = boot("3GiB");
+    let mut vm = boot();
     assert!(size(&mut vm) > 2800 * MIB, "the file system fills the disk");
     vm.run(
         "cd /var/tmp && mkdir -p tree/DEBIAN tree/opt && cp -a /usr/lib/x86_64-linux-gnu/perl-base tree/opt",
@@ -103,7 +103,10 @@ fn debian_root_over_a_base_installs_trims_and_grows() {
     assert_eq!(vm.exit(), 0, "{}", vm.errors());
     clean(&folder, "root.qcow2");
 
-    let mut vm = boot("4GiB");
+    let mut vm = boot();
+    let grown = folder.ordered(&["disk", "resize", "vm.toml", "0", "+1GiB", "--save"]);
+    assert!(grown.contains("has grown from 3GiB to 4GiB"), "{grown}");
+    vm.run("resize2fs /dev/vda");
     assert!(size(&mut vm) > 3700 * MIB, "the file system fills the disk");
     vm.run("md5sum --quiet -c /root/sums");
     vm.run("dpkg -r tree && ! test -e /opt/perl-base && fstrim /");
