@@ -161,8 +161,10 @@ impl Place {
             Error::failed(format!("cannot remove `{}`: {error}", path.display()))
         })?;
         let text = serde_json::to_vec(owner).map_err(|error| failed(error.into()))?;
-        lock.set_len(0).map_err(failed)?;
+        // Never empty in between: who reads it would find nobody, and ext4 has a file that was
+        // emptied and written again wait for its disk.
         lock.write_all_at(&text, 0).map_err(failed)?;
+        lock.set_len(text.len() as u64).map_err(failed)?;
         Ok(Claim {
             folder,
             _lock: lock,

@@ -153,6 +153,30 @@ fn a_shorter_owner_leaves_nothing_of_a_longer_one() {
 }
 
 #[test]
+fn a_lock_that_is_taken_over_is_empty_at_no_time() {
+    let host = Host::new();
+    let file = host.file("vm.toml");
+    let place = host.place(Some("web"), &file);
+    drop(place.claim(&owner("web", &file)).unwrap());
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let lock = place.folder().join(LOCK);
+            let mut least = u64::MAX;
+            while !done.load(Ordering::Relaxed) {
+                least = least.min(fs::metadata(&lock).unwrap().len());
+            }
+            least
+        });
+        for _ in 0..2000 {
+            drop(place.claim(&owner("web", &file)).unwrap());
+        }
+        done.store(true, Ordering::Relaxed);
+        assert_ne!(reader.join().unwrap(), 0);
+    });
+}
+
+#[test]
 fn a_second_claim_names_the_process_that_has_the_first() {
     let host = Host::new();
     let file = host.file("vm.toml");
