@@ -49,6 +49,11 @@ impl Qcow2 {
     }
 
     async fn extend(&self, size: u64) -> io::Result<()> {
+        if !self.sparse {
+            // Before anything moves.
+            let file = self.data_file();
+            file.check_space(file.size().saturating_add(size - self.size.get()))?;
+        }
         self.extend_l1(size).await?;
         self.blank_new_space(size).await?;
         if !self.sparse
@@ -67,7 +72,6 @@ impl Qcow2 {
     /// Allocates the space up to `size`, and reports how far that is.
     async fn allocate_new_space(&self, size: u64) -> io::Result<()> {
         let (file, start) = (self.data_file(), Instant::now());
-        file.check_space(file.size().saturating_add(size - self.size.get()))?;
         let progress = |done, total| {
             file.ring().report(&Progress {
                 path: self.file.path(),

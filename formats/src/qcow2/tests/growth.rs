@@ -66,7 +66,8 @@ fn a_growth_past_what_the_host_has_is_refused_before_anything_is_allocated() {
         ..new_image(&path, MIB, &[])
     };
     let disk = open(&ring, "qcow2", &full).unwrap();
-    let before = allocated(&path);
+    run(&ring, disk.flush()).unwrap();
+    let (before, bytes) = (allocated(&path), fs::read(&path).unwrap());
     let host = rustix::fs::statvfs(&path).unwrap();
     let free = host.f_bfree * host.f_frsize;
     let error = run(
@@ -78,6 +79,8 @@ fn a_growth_past_what_the_host_has_is_refused_before_anything_is_allocated() {
     assert_eq!(disk.size(), MIB);
     run(&ring, disk.flush()).unwrap();
     assert!(allocated(&path) <= before + MIB);
+    // Not even the L1 table has moved.
+    assert!(fs::read(&path).unwrap() == bytes);
     run(&ring, disk.close()).unwrap();
     check(&path);
 }
