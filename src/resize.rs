@@ -203,13 +203,17 @@ pub(crate) fn failed(subject: &Subject<'_>, to: u64, error: &std::io::Error) -> 
     let kind = match (errno, error.kind()) {
         // The disk was closed meanwhile.
         (None, ErrorKind::NotConnected) => FailureKind::Ending,
+        (Some(libc::ECANCELED), _) => FailureKind::Ending,
         (None, ErrorKind::InvalidInput) => FailureKind::Unsupported,
         _ => FailureKind::Host,
     };
     let text = error.to_string();
-    let text = text
-        .split_once(" (os error")
-        .map_or(&*text, |(text, _)| text);
+    let text = match errno {
+        Some(libc::ECANCELED) => "the VM is ending",
+        _ => text
+            .split_once(" (os error")
+            .map_or(&*text, |(text, _)| text),
+    };
     let wanted = size::show(to);
     let message = format!("{subject} cannot have {wanted}, and stays as it is: {text}");
     let help = match errno {

@@ -60,6 +60,13 @@ impl Devices {
         self.disks.iter().map(|plugged| plugged.handle.clone())
     }
 
+    /// The VM ends: a resize that takes long is not waited for.
+    pub(crate) fn give_up(&self) {
+        for Plugged { handle, .. } in &self.disks {
+            handle.give_up();
+        }
+    }
+
     /// Makes what the guest has written durable. A disk that fails is no reason to do without
     /// the next machine: its driver will hear of it.
     pub(crate) fn flush(&self) {

@@ -192,6 +192,7 @@ impl HostFile {
     async fn reserve(&self, old: u64, size: u64, progress: impl Fn(u64)) -> io::Result<()> {
         let mut done = 0;
         while done < size {
+            self.ring.check_wanted()?;
             let len = STEP.min(size - done);
             let mode = libc::FALLOC_FL_KEEP_SIZE;
             match self.ring.fallocate(&self.file, mode, done, len).await {
@@ -217,6 +218,7 @@ impl HostFile {
             };
             at = start;
             while at < end {
+                self.ring.check_wanted()?;
                 let len = (end - at).min(ZEROES_AT_ONCE as u64);
                 self.write_out(at, len).await?;
                 at += len;

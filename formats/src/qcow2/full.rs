@@ -21,6 +21,7 @@ impl Qcow2 {
         let first = range.start >> bits;
         let mut at = first;
         while at < end {
+            self.file.ring().check_wanted()?;
             at += self
                 .allocate_clusters(at..end.min(self.slice_end(at)))
                 .await?;

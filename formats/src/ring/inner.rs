@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::task::{Poll, Waker};
 use std::{io, mem};
 
@@ -35,6 +36,8 @@ pub(super) struct Inner {
     /// How many `block_on` are under way, one inside the other.
     depth: Cell<u32>,
     pub(super) progress: RefCell<Option<OnProgress>>,
+    /// Whether what takes long is to end early.
+    pub(super) unwanted: RefCell<Option<Arc<AtomicBool>>>,
     #[cfg(any(test, feature = "faults"))]
     pub(super) faults: RefCell<Option<super::faults::Faults>>,
     #[cfg(any(test, feature = "faults"))]
@@ -64,6 +67,7 @@ impl Inner {
             budget: Cell::new(BUDGET),
             depth: Cell::new(0),
             progress: RefCell::default(),
+            unwanted: RefCell::default(),
             #[cfg(any(test, feature = "faults"))]
             faults: RefCell::default(),
             #[cfg(any(test, feature = "faults"))]

@@ -22,6 +22,8 @@ use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -35,6 +37,7 @@ pub use recorder::{Effect, FileId, Recorder, Step};
 use crate::Segments;
 use inner::{Inner, Scope};
 use op::{End, Kind, Request};
+use rustix::io::Errno;
 
 /// How a [`Ring`] carries out its operations.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,6 +97,21 @@ impl Ring {
         let hook = self.0.progress.borrow().clone();
         if let Some(hook) = hook {
             hook(progress);
+        }
+    }
+
+    /// From now on long preparations of images end early, with the error ECANCELED and what they
+    /// have done undone, once this is true.
+    pub fn cancel_by(&self, unwanted: Arc<AtomicBool>) {
+        *self.0.unwanted.borrow_mut() = Some(unwanted);
+    }
+
+    /// An error once nobody wants what takes long; see [`Ring::cancel_by`].
+    pub(crate) fn check_wanted(&self) -> io::Result<()> {
+        let unwanted = self.0.unwanted.borrow();
+        match unwanted.as_ref().map(|flag| flag.load(Ordering::Relaxed)) {
+            Some(true) => Err(Errno::CANCELED.into()),
+            _ => Ok(()),
         }
     }
 

@@ -119,11 +119,17 @@ impl Session {
                 let _ = waiting.send(Ok(()));
             }
             let turn = turn.and_then(|()| self.supervise(&machine));
+            let goes_on = match &turn {
+                Ok(Turn::End(End::Guest(Outcome::Reboot))) => self.restarts(),
+                Ok(Turn::Reset(_)) => true,
+                Ok(Turn::End(_)) | Err(_) => false,
+            };
+            if !goes_on {
+                devices.give_up();
+            }
             machine.stop();
             match turn? {
-                Turn::End(End::Guest(Outcome::Reboot)) if self.restarts() => {
-                    tracing::info!("the guest reboots");
-                }
+                Turn::End(_) if goes_on => tracing::info!("the guest reboots"),
                 Turn::End(end) => return Ok(end),
                 Turn::Reset(answer) => {
                     tracing::info!("the guest is reset");

@@ -3,6 +3,8 @@
 use std::cell::Cell;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
 use crate::{Fault, What};
@@ -54,6 +56,37 @@ fn a_growth_that_the_host_refuses_half_way_changes_nothing_the_guest_or_the_host
         run(&ring, disk.close()).unwrap();
         check(&path);
     }
+}
+
+#[test]
+fn a_growth_that_is_not_wanted_any_more_ends_early_and_changes_nothing() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let full = Image {
+        sparse: false,
+        ..new_image(&path, 8 * MIB, &[])
+    };
+    let disk = open(&ring, "qcow2", &full).unwrap();
+    write(&ring, &*disk, 8 * MIB - 512, &[7; 512]);
+    run(&ring, disk.flush()).unwrap();
+    let before = allocated(&path);
+    let unwanted = Arc::new(AtomicBool::new(false));
+    ring.cancel_by(unwanted.clone());
+    let reports = Rc::new(Cell::new(0));
+    let seen = reports.clone();
+    ring.on_progress(move |_| {
+        seen.set(seen.get() + 1);
+        unwanted.store(seen.get() == 3, Ordering::Relaxed);
+    });
+    let grown = run(&ring, disk.resize(1500 * MIB));
+    assert_eq!(grown.unwrap_err().raw_os_error(), Some(libc::ECANCELED));
+    assert_eq!(reports.get(), 3);
+    assert_eq!(disk.size(), 8 * MIB);
+    assert_eq!(read(&ring, &*disk, 8 * MIB - 512, 512), [7; 512]);
+    run(&ring, disk.close()).unwrap();
+    assert!(allocated(&path) <= before + MIB);
+    check(&path);
 }
 
 #[test]

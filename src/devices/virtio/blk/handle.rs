@@ -66,6 +66,12 @@ impl BlkHandle {
         Err(closed_meanwhile())
     }
 
+    /// The disk will be closed soon: what takes long and does not matter then, a resize, ends
+    /// early and undone.
+    pub fn give_up(&self) {
+        self.shared.closing.store(true, Ordering::Relaxed);
+    }
+
     /// Makes every completed write durable.
     pub fn flush(&self) -> io::Result<()> {
         self.call(Command::Flush)?

@@ -103,6 +103,8 @@ struct Shared {
     /// The field `writeback` of the configuration space.
     writeback: AtomicBool,
     counters: Counters,
+    /// What takes long is not wanted any more.
+    closing: Arc<AtomicBool>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
     /// Limits what a guest can have us log.
     guest_errors: Throttle,
@@ -157,6 +159,7 @@ impl Blk {
             size: AtomicU64::new(0),
             writeback: AtomicBool::new(true),
             counters: Counters::default(),
+            closing: Arc::default(),
             interrupt: Mutex::new(None),
             guest_errors: Throttle::default(),
         });
@@ -205,6 +208,7 @@ impl Blk {
             return Ok(());
         };
         // Fails only if the thread is gone.
+        self.handle.give_up();
         let _ = self.handle.send(Command::Close);
         match thread.join() {
             Ok(result) => result,

@@ -106,6 +106,7 @@ pub(super) fn run(
         }
     };
     let current: OnceCell<Rc<Worker>> = OnceCell::new();
+    ring.cancel_by(Arc::clone(&shared.closing));
     ring.on_progress(progress::hook());
     let root = async {
         let worker = Worker::open(options, &ring, shared).await;

@@ -139,6 +139,7 @@ impl Bench {
             size: AtomicU64::new(0),
             writeback: AtomicBool::new(true),
             counters: Counters::default(),
+            closing: Arc::default(),
             interrupt: Default::default(),
             guest_errors: Throttle::default(),
         });
