@@ -41,7 +41,8 @@ pub struct UpOptions {
 /// Takes events; it must not block.
 pub type Publish = Box<dyn FnMut(Event) + Send>;
 
-/// Is given the VM when it runs, and says where its events go.
+/// Is given the VM when it is about to run, and says where its events go; after an error of its own
+/// the guest has not run.
 pub type Running<'a> = Box<dyn FnOnce(Arc<dyn Subject>) -> crate::Result<Publish> + 'a>;
 
 /// How a VM ended.

@@ -18,7 +18,7 @@ use crate::control::messages::{Event, How};
 use crate::exit;
 use crate::{Error, Result, messages};
 
-/// Boots the VM and stays with it to its end. Once its vCPUs run, `running` is called.
+/// Boots the VM and stays with it to its end. Once its vCPUs are ready, `running` is called.
 pub fn run(config: &Vm, options: &UpOptions, running: Running<'_>) -> Ended {
     let at = |error: Error| error.at(&config.places);
     match up(config, options, running) {

@@ -89,10 +89,13 @@ fn an_error_of_the_start_is_shown_and_is_the_exit_code() {
     let (code, said) = detach(&folder, &[]);
     assert_eq!(code, 2);
     assert!(said.contains("cannot open `"), "{said}");
-    let folder = Folder::new(&halt(), "");
+    let code = [print("I ran"), halt()].concat();
+    let folder = Folder::new(&code, "[console]\nlog = \"console.txt\"");
     let (code, said) = detach(&folder, &["--socket", "missing/folder/control.sock"]);
-    assert_ne!(code, 0);
+    assert_eq!(code, 1);
     assert!(said.contains("missing/folder"), "{said}");
+    // The guest has not.
+    assert_eq!(fs::read_to_string(folder.path("console.txt")).unwrap(), "");
 }
 
 #[test]

@@ -93,7 +93,8 @@ impl Session {
     }
 
     /// Stays with the machine that is loaded, and after each reboot with the `next`, to the end.
-    /// Once the first one runs, `running` is called.
+    /// `running` is called when the first one is about to run and nothing else can go wrong: its
+    /// error comes before the guest has done anything.
     pub(super) fn run(
         &mut self,
         mut loaded: Loaded,
@@ -109,10 +110,11 @@ impl Session {
                 // Before it can be up again.
                 self.life.publish(Event::Rebooted);
             }
-            let machine = loaded.start(devices.all(), sink, self.paused)?;
+            let held = self.paused || running.is_some();
+            let machine = loaded.start(devices.all(), sink, held)?;
             self.life.set_gate(machine.gate());
             let turn = match running.take() {
-                Some(running) => running(),
+                Some(running) => running().inspect(|()| machine.resume()),
                 None => Ok(()),
             };
             if let Some(waiting) = waiting.take() {
