@@ -1,21 +1,20 @@
 //! `launcher up --detach`: a process of its own runs the VM. Until the VM runs, it is bound to the
 //! one that started it: its errors and progress go to the same terminal, and they die together.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::File;
 use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::OFlags;
 use rustix::io::FdFlags;
 use rustix::process::{Signal, set_parent_process_death_signal, setsid};
 
 use super::{Up, Wait};
 use crate::control::Place;
+use crate::messages::Kept;
 use crate::{Error, Result, exit};
 
 /// What the detached process tells: its VM runs.
@@ -158,13 +157,14 @@ impl Ready {
     /// The VM runs: from here on this process is on its own, and its messages go to a file.
     pub(super) fn running(mut self, place: &Place) -> Result<Waiting> {
         let path = place.launcher_log();
-        let log = log(&path)
+        let log = Kept::begin(&path)
             .map_err(|error| Error::failed(format!("cannot create {}: {error}", path.display())))?;
         set_parent_process_death_signal(None)
             .map_err(|errno| failed("leave the process that started it")(errno.into()))?;
         let told = self.0.write_all(&[RUNNING]);
         told.map_err(|_| Error::failed("whoever started this VM is gone"))?;
-        rustix::stdio::dup2_stderr(&log).map_err(|errno| failed("open its log")(errno.into()))?;
+        log.become_standard_error()
+            .map_err(failed("open its log"))?;
         Ok(Waiting(self.0))
     }
 }
@@ -178,19 +178,6 @@ impl Waiting {
         // Nobody has waited: then nobody misses it.
         let _ = self.0.write_all(&[BOOTED]);
     }
-}
-
-/// The file for messages; what an earlier VM has left becomes the older one.
-fn log(path: &std::path::Path) -> io::Result<File> {
-    if fs::symlink_metadata(path).is_ok_and(|meta| meta.len() > 0) {
-        fs::rename(path, path.with_extension("log.1"))?;
-    }
-    OpenOptions::new()
-        .create(true)
-        .append(true)
-        .mode(0o600)
-        .custom_flags(OFlags::NOFOLLOW.bits() as i32)
-        .open(path)
 }
 
 fn failed(what: &'static str) -> impl Fn(io::Error) -> Error {
