@@ -53,7 +53,7 @@ fn known(base: &Path) -> Result<Vec<Known>> {
             Ok(None) => (place.last_owner(), false),
             // One folder that is broken is no reason not to find another.
             Err(error) => {
-                tracing::warn!("{error}");
+                tracing::warn!("{}", error.message());
                 continue;
             }
         };
