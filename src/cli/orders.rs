@@ -140,7 +140,7 @@ impl Vms {
 
 /// Has a VM ended, and tells how it did.
 fn end(target: &Target, order: Order) -> Result<String> {
-    let stopped: Stopped = ask(&mut target.connect()?, order, &mut |_| {})?;
+    let stopped: Stopped = ask(&mut target.connect_for_order()?, order, &mut |_| {})?;
     ended(&target.name(), &stopped)
 }
 
@@ -159,7 +159,7 @@ fn ended(name: &str, stopped: &Stopped) -> Result<String> {
 }
 
 fn obey(target: &Target, order: Order, done: &str) -> Result<String> {
-    target.connect()?.ask(order, &mut |_| {})?;
+    target.connect_for_order()?.ask(order, &mut |_| {})?;
     Ok(format!("{} {done}", target.name()))
 }
 

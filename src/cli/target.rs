@@ -84,6 +84,11 @@ impl Target {
         Client::connect(&self.place.socket())
     }
 
+    /// A connection for an order that takes as long as it takes, to a VM that answers.
+    pub(super) fn connect_for_order(&self) -> Result<Client> {
+        self.connect()?.attentive()
+    }
+
     /// How it is.
     pub(super) fn status(&self) -> Result<Status> {
         ask(&mut self.connect()?, Order::Status, &mut |_| {})

@@ -73,6 +73,27 @@ impl Client {
         })
     }
 
+    /// Makes sure that the VM answers, before an order that takes as long as it takes: one left
+    /// with a process that hangs would be carried out long after whoever gave it has gone.
+    ///
+    /// # Errors
+    ///
+    /// It does not; it has no use for another connection.
+    pub fn attentive(mut self) -> Result<Client> {
+        self.wait_for(Some(self.patience))?;
+        self.send(Order::Status)?;
+        // Where it has ended, what comes of the order says so.
+        if let Some(line) = self.line()?
+            && let Line::Answer(Answer {
+                id: None,
+                reply: Reply::Error(failure),
+            }) = self.parse(&line)?
+        {
+            return Err(failure.into());
+        }
+        Ok(self)
+    }
+
     /// Has an order carried out, and waits as long as that takes; what the reply holds.
     ///
     /// # Errors
@@ -356,6 +377,22 @@ mod tests {
     }
 
     #[test]
+    fn a_vm_that_has_no_use_for_a_connection_says_why_before_an_order_is_given() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let vm = thread::spawn(move || {
+            let mut stream = listener.accept().unwrap().0;
+            let busy = r#"{"error":{"kind":"busy","message":"there are too many"}}"#;
+            writeln!(stream, "{busy}").unwrap();
+            stream
+        });
+        let error = Client::connect(&socket).unwrap().attentive().err().unwrap();
+        assert_eq!(error.to_string(), "error: there are too many");
+        drop(vm.join().unwrap());
+    }
+
+    #[test]
     fn where_nobody_listens_no_vm_is_running() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("s");
@@ -388,7 +425,8 @@ mod tests {
         };
         let status = clients[0].ask(Order::Status, &mut |_| {}).unwrap_err();
         let console = clients.remove(0).console(true).unwrap_err();
-        for error in [full, status, console] {
+        let order = clients.remove(0).attentive().err().unwrap();
+        for error in [full, status, console, order] {
             let text = error.to_string();
             assert!(text.contains("does not answer within 100ms"), "{text}");
         }
