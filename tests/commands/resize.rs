@@ -63,9 +63,9 @@ fn save_writes_the_size_into_the_running_vm_s_file() {
 }
 
 #[test]
-fn save_does_not_write_the_size_of_another_disk_than_the_one_that_runs() {
+fn a_size_that_could_not_be_saved_is_not_asked_for() {
     let folder = Folder::new();
-    let _web = folder.start("web", "vm.toml");
+    let web = folder.start("web", "vm.toml");
     let changed = folder.text("vm.toml").replace("a.img", "b.img");
     folder.write("vm.toml", &changed);
     let done = folder.launcher(&["disk", "resize", "web", "0", "2MiB", "--save"]);
@@ -75,6 +75,11 @@ fn save_does_not_write_the_size_of_another_disk_than_the_one_that_runs() {
         "{done:?}"
     );
     assert_eq!(folder.text("vm.toml"), changed);
+    // Nor where the file is gone.
+    std::fs::remove_file(folder.path("vm.toml")).unwrap();
+    let done = folder.launcher(&["disk", "resize", "web", "0", "2MiB", "--save"]);
+    assert_ne!(done.code, 0);
+    assert!(web.obeyed.try_recv().is_err());
 }
 
 #[test]

@@ -10,19 +10,19 @@ use formats::{Disk, Format, Image, OpenError, Ring};
 
 use super::format::{named, raw_name, thin};
 use super::image::{self, at_block};
-use super::save::save;
-use super::which::index_of;
+use super::save::{self, save};
+use super::which::{index_of, is_index};
 use crate::cli::output::{complain, print};
 use crate::cli::target::{Target, ask};
 use crate::config::{Block, Vm, size};
-use crate::control::messages::{self, Order, Progress, Resized, Size};
+use crate::control::messages::{self, DiskStatus, Order, Progress, Resized, Size};
 use crate::resize::{self, Consent, Subject, Wanted};
 use crate::{Error, Result, exit, progress};
 
 /// Change the size of a disk, of a running VM or a stopped one
 ///
 /// A running guest sees the new size at once. All or nothing: after an error, image and disk have
-/// the size that they had.
+/// the size that they had. Without `--shrink`, a smaller size is wrong usage: exit code 2.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  launcher disk resize web 0 8GiB\n  launcher disk resize vm.toml ROOT +1GiB --save\n  launcher disk resize vm.toml 0 2GiB"
@@ -60,6 +60,9 @@ impl Resize {
 
     /// Resizes a disk of a VM that runs.
     fn live(self, target: &Target) -> Result<u8> {
+        if self.save {
+            self.can_be_saved(target)?;
+        }
         let order = Order::Resize(messages::Resize {
             disk: self.disk.clone(),
             size: self.size.map(Size::Text),
@@ -76,7 +79,7 @@ impl Resize {
                 elapsed: start.elapsed(),
             });
         };
-        let resized: Resized = ask(&mut target.connect()?, order, &mut show)?;
+        let resized: Resized = ask(&mut target.connect_for_order()?, order, &mut show)?;
         drop(bar);
         print(&said(&self.disk, &resized))?;
         match self.save {
@@ -93,10 +96,35 @@ impl Resize {
         Ok(exit::DONE)
     }
 
+    /// Makes sure, before anything is changed, that the VM's file still has the disk. What the VM
+    /// does not know either is for it to refuse.
+    fn can_be_saved(&self, target: &Target) -> Result<()> {
+        let status = target.status()?;
+        let by_index = self.disk.parse().ok().filter(|_| is_index(&self.disk));
+        let by_id = |disk: &DiskStatus| disk.id.as_deref() == Some(&*self.disk);
+        let index = by_index
+            .filter(|index| *index < status.disks.len())
+            .or_else(|| status.disks.iter().position(by_id));
+        let Some((index, disk)) = index.and_then(|index| Some((index, status.disks.get(index)?)))
+        else {
+            return Ok(());
+        };
+        if !is_same(target, index, &disk.path)? {
+            let file = target.file().display();
+            let message = format!("disk {index} in {file} is another one by now");
+            return Err(Error::failed(message)
+                .help("nothing was changed; leave out `--save` to resize all the same"));
+        }
+        save::check(target.file(), index)
+    }
+
     /// Resizes a disk of a VM that does not run.
     fn still(self, target: &Target, wanted: Option<Wanted>) -> Result<u8> {
         let vm = target.config()?;
         let index = index_of(&vm, &self.disk)?;
+        if self.save {
+            save::check(target.file(), index)?;
+        }
         let consent = Consent {
             shrink: self.shrink,
             force: self.force,
@@ -119,11 +147,9 @@ fn save_live(target: &Target, resized: &Resized) -> Result<()> {
     let known = target
         .disks()
         .and_then(|mut disks| (index < disks.len()).then(|| disks.swap_remove(index).path));
-    let vm = target.config()?;
-    let written = vm.block.get(index).map(|block| &block.path);
-    let same = match (known, written) {
-        (Some(known), Some(written)) => same_file(Path::new(&known), written),
-        _ => false,
+    let same = match known {
+        Some(known) => is_same(target, index, &known)?,
+        None => false,
     };
     if !same {
         let message =
@@ -132,6 +158,13 @@ fn save_live(target: &Target, resized: &Resized) -> Result<()> {
         return Err(Error::failed(message).help(format!("write `size = \"{to}\"` there yourself")));
     }
     save(target.file(), index, resized.to)
+}
+
+/// Whether the VM's file has this image as the disk `index`.
+fn is_same(target: &Target, index: usize, image: &str) -> Result<bool> {
+    let vm = target.config()?;
+    let written = vm.block.get(index).map(|block| &block.path);
+    Ok(written.is_some_and(|written| same_file(Path::new(image), written)))
 }
 
 fn same_file(one: &Path, other: &Path) -> bool {

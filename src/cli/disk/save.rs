@@ -37,6 +37,24 @@ pub(super) fn save(file: &Path, index: usize, bytes: u64) -> Result<()> {
     }
 }
 
+/// Makes sure, before anything is changed, that [`save`] will find the disk and may write.
+pub(super) fn check(file: &Path, index: usize) -> Result<()> {
+    let failed = |error: &io::Error| {
+        let (file, text) = (file.display(), text(error));
+        let message = format!("a new size could not be written into {file}: {text}");
+        Error::failed(message)
+            .help("nothing was changed; leave out `--save` to resize all the same")
+    };
+    let old = fs::read_to_string(file).map_err(|error| failed(&error))?;
+    if with_size(&old, index, 512).is_none() {
+        return Err(failed(&io::Error::other(format!(
+            "there is no table of disk {index}"
+        ))));
+    }
+    let opened = File::options().write(true).open(file);
+    opened.map(drop).map_err(|error| failed(&error))
+}
+
 /// The text of a VM's file with another size of a disk; none if there is no such disk.
 fn with_size(text: &str, index: usize, bytes: u64) -> Option<String> {
     let (mark, body) = match text.strip_prefix('\u{feff}') {
@@ -204,6 +222,21 @@ mod tests {
         );
         assert_eq!(fs::metadata(&real).unwrap().mode() & 0o7777, 0o640);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn what_could_not_be_saved_is_found_before() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("vm.toml");
+        let refused = |index| check(&file, index).unwrap_err().to_string();
+        assert!(refused(0).contains("vm.toml: No such file or directory\nhelp: nothing was"));
+        fs::write(&file, "[[block]]\npath = 'a.img'\n").unwrap();
+        check(&file, 0).unwrap();
+        assert!(refused(1).contains("there is no table of disk 1"));
+        assert_eq!(
+            fs::read_to_string(&file).unwrap(),
+            "[[block]]\npath = 'a.img'\n"
+        );
     }
 
     #[test]

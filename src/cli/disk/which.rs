@@ -125,9 +125,15 @@ impl Found {
     }
 }
 
+/// Whether a disk is named by its index: by digits alone, while "+1" would parse as well.
+pub(super) fn is_index(disk: &str) -> bool {
+    disk.bytes().all(|byte| byte.is_ascii_digit())
+}
+
 /// The place of a disk in the VM's file, by its index or its `id`.
 pub(super) fn index_of(vm: &Vm, disk: &str) -> Result<usize> {
-    let by_index = disk.parse().ok().filter(|index| *index < vm.block.len());
+    let by_index = disk.parse().ok().filter(|_| is_index(disk));
+    let by_index = by_index.filter(|index| *index < vm.block.len());
     let by_id = || {
         let mut ids = vm.block.iter().map(|block| block.id.as_deref());
         ids.position(|id| id == Some(disk))
@@ -156,6 +162,12 @@ mod tests {
 
     use super::*;
     use crate::config;
+
+    #[test]
+    fn an_index_is_digits_alone() {
+        assert!(is_index("0") && is_index("10"));
+        assert!(!is_index("+1") && !is_index("-1") && !is_index("1a"));
+    }
 
     fn vm(text: &str) -> Vm {
         let folder = tempfile::tempdir().unwrap();
