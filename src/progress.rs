@@ -278,6 +278,24 @@ mod tests {
     }
 
     #[test]
+    fn another_pass_may_have_another_length() {
+        let bar = Bar::new(&READING, || {
+            ProgressDrawTarget::term_like(Box::new(Terminal))
+        });
+        for (done, total) in [(9, 12), (1, 4)] {
+            bar.show(&Progress {
+                path: Path::new("a.qcow2"),
+                done,
+                total,
+                elapsed: Duration::from_secs(2),
+            });
+        }
+        let line = shown();
+        assert!(line.starts_with("reading a.qcow2 [====="), "{line:?}");
+        assert!(line.ends_with("1 of 4 L2 tables, 6s left"), "{line:?}");
+    }
+
+    #[test]
     fn a_line_names_file_and_size() {
         assert_eq!(
             (ALLOCATING.line)(&progress(1, 1000)),

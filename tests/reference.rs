@@ -155,7 +155,9 @@ const COMMANDS_HEAD: &str = "\
 # Commands
 
 `VM` is the path of a TOML file (it has a `/`, ends in `.toml`, or is there as a file), the folder of
-a `vm.toml`, or the name of a running VM. `launcher man DIR` writes manual pages of the same content,
+a `vm.toml`, or the name of a VM that runs or has run. Left out, it is `vm.toml`, but it is never left
+out before a disk: `INDEX|ID` is a disk of that VM, and `--path IMAGE [--format FORMAT]` in place of
+both an image that no VM's file describes. `launcher man DIR` writes manual pages of the same content,
 `launcher completions SHELL` what a shell completes.
 
 <!-- Written by `UPDATE_DOCS=1 cargo test --test reference` from the code: do not edit. -->

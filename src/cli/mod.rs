@@ -26,7 +26,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::{Result, exit};
 
-/// Boots virtual machines on Linux/KVM. A VM is one TOML file.
+/// Boot virtual machines on Linux/KVM: a VM is one TOML file
 #[derive(Parser)]
 #[command(
     name = "launcher",

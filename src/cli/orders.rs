@@ -62,7 +62,7 @@ pub(super) struct Resume {
 /// The VMs that an order goes to.
 #[derive(Args)]
 struct Vms {
-    /// TOML files of VMs, the folders of their vm.toml, or names of running VMs
+    /// TOML files of VMs, the folders of their vm.toml, or their names
     /// [default: vm.toml]
     vm: Vec<PathBuf>,
 }

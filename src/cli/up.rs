@@ -19,7 +19,7 @@ use detach::Ready;
 /// Boot a VM and stay with it until it ends
 #[derive(Args)]
 #[command(
-    after_help = "Example:\n  launcher up vm.toml\n  launcher up --detach --wait boot vm.toml"
+    after_help = "Examples:\n  launcher up vm.toml\n  launcher up --detach --wait boot vm.toml"
 )]
 pub(super) struct Up {
     /// TOML file of the VM, or the folder of its vm.toml [default: vm.toml]

@@ -36,6 +36,18 @@ fn create_makes_an_image_of_the_format_that_its_name_tells() {
 }
 
 #[test]
+fn create_allocates_what_is_not_to_be_thin() {
+    let folder = Folder::new("");
+    let said = folder.launcher_does(&["disk", "create", "a.img", "8MiB", "--allocate"]);
+    assert_eq!(said, "created a.img (raw, 8MiB)\n");
+    assert_eq!(folder.len("a.img"), 8 * MIB);
+    assert!(folder.allocated("a.img") >= 8 * MIB);
+    folder.launcher_does(&["disk", "create", "a.qcow2", "8MiB", "--allocate"]);
+    assert!(folder.allocated("a.qcow2") >= 8 * MIB);
+    folder.qemu_img(&["check", "-q", "a.qcow2"]);
+}
+
+#[test]
 fn create_makes_an_overlay_as_large_as_its_backing_file() {
     let folder = Folder::new("");
     folder.raw("base.raw", 3 * MIB, 9);

@@ -9,7 +9,7 @@ use clap::Args;
 use formats::convert::{Conversion, Stage};
 use formats::{Image, OpenError, Progress};
 
-use super::format::{allocated, format_of, options};
+use super::format::{Options, allocated, format_of, options};
 use super::image::lone;
 use crate::cli::{output::print, up};
 use crate::config::size;
@@ -32,21 +32,14 @@ pub(super) struct Convert {
     from: PathBuf,
     /// The image to make
     to: PathBuf,
-    /// Format of FROM [default: the one that its extension stands for; never by its content]
+    /// Format of FROM [default: the one that its extension stands for]
     #[arg(short = 'f', long, value_name = "FORMAT")]
     from_format: Option<String>,
     /// Format of TO [default: the one that its extension stands for]
     #[arg(short = 'O', long, value_name = "FORMAT")]
     to_format: Option<String>,
-    /// An option of TO's format, as `launcher formats` lists them; may be given again, or several
-    /// with commas
-    #[arg(
-        short = 'o',
-        long = "option",
-        value_name = "KEY=VALUE",
-        value_delimiter = ','
-    )]
-    options: Vec<String>,
+    #[command(flatten)]
+    options: Options,
     /// An option of FROM's format
     #[arg(long = "from-option", value_name = "KEY=VALUE", value_delimiter = ',')]
     from_options: Vec<String>,
@@ -94,7 +87,7 @@ impl Convert {
             ro: false,
             sparse: !self.allocate,
             backing: self.backing,
-            options: options(to, &self.options)?,
+            options: options(to, &self.options.options)?,
             ..source.clone()
         };
         if !target.backing.is_empty() && !to.abilities.contains(&"backing") {

@@ -3,14 +3,14 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use formats::Image;
+use formats::{Format, Image};
 
-use super::format::{format_of, options};
-use super::image::lone;
+use super::format::{Options, allocated, format_of, options, raw_name};
+use super::image::{lone, ring, text};
 use super::look::look;
 use crate::cli::output::print;
 use crate::config::size;
-use crate::{Error, Result, exit};
+use crate::{Error, Result, exit, progress};
 
 /// Create an image
 ///
@@ -18,7 +18,9 @@ use crate::{Error, Result, exit};
 /// overwritten.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  launcher disk create data.img 8GiB\n  launcher disk create overlay.qcow2 --backing base.raw\n  launcher disk create root.qcow2 20GiB -o cluster_size=128KiB -o extended_l2=true"
+    after_help = "Examples:\n  launcher disk create data.img 8GiB --allocate\n  \
+                  launcher disk create overlay.qcow2 --backing base.raw\n  \
+                  launcher disk create root.qcow2 20GiB -o cluster_size=128KiB,extended_l2=true"
 )]
 pub(super) struct Create {
     /// The image to create
@@ -30,31 +32,32 @@ pub(super) struct Create {
     /// Format of the image [default: the one that its extension stands for]
     #[arg(short, long)]
     format: Option<String>,
-    /// An option of the format, as `launcher formats` lists them; may be given again, or several
-    /// with commas
-    #[arg(
-        short = 'o',
-        long = "option",
-        value_name = "KEY=VALUE",
-        value_delimiter = ','
-    )]
-    options: Vec<String>,
+    #[command(flatten)]
+    options: Options,
     /// What the new image is an overlay over: it shows this file's content until it is written to
     #[arg(short = 'B', long, value_name = "PATH")]
     backing: Option<PathBuf>,
+    /// Allocate all of the image, as a disk with `sparse = false` is. A raw one has its name before
+    /// that: interrupted, it stays, allocated in part
+    #[arg(long, conflicts_with = "backing")]
+    allocate: bool,
 }
 
 impl Create {
     pub(super) fn run(self) -> Result<u8> {
-        let format = format_of(&self.path, self.format.as_deref(), Some("format"))?;
+        let mut format = format_of(&self.path, self.format.as_deref(), Some("format"))?;
+        if self.allocate {
+            format = allocated(format)?;
+        }
         if self.backing.is_some() && !format.abilities.contains(&"backing") {
             let message = format!("an image of format `{}` has no backing file", format.name);
             return Err(Error::usage(message).help("with `--format qcow2` it can have one"));
         }
         let size = self.size.as_deref().map(bytes).transpose()?;
-        let options = options(format, &self.options)?;
+        let options = options(format, &self.options.options)?;
         let image = Image {
             ro: false,
+            sparse: !self.allocate,
             size,
             backing: self.backing.into_iter().collect(),
             format_written: self.format.is_some(),
@@ -62,6 +65,12 @@ impl Create {
             ..lone(&self.path)
         };
         (format.create)(&image)?;
+        if self.allocate && raw_name(format.name) {
+            allocate(&image, format).inspect_err(|_| {
+                // We have just made it: nobody has come to use it.
+                let _ = std::fs::remove_file(&image.path);
+            })?;
+        }
         let made = look(&self.path, format, false)?;
         let size = made
             .size
@@ -69,6 +78,20 @@ impl Create {
         print(&format!("created {} ({}{size})\n", made.path, format.name))?;
         Ok(exit::DONE)
     }
+}
+
+/// Has a raw image allocated, as opening it does.
+fn allocate(image: &Image, format: &Format) -> Result<()> {
+    let ring = ring()?;
+    ring.on_progress(progress::hook());
+    let opened = async {
+        let disk = (format.open)(&ring, image).await?;
+        disk.close().await.map_err(|error| {
+            let (path, why) = (image.path.display(), text(&error));
+            Error::failed(format!("cannot close `{path}`: {why}"))
+        })
+    };
+    ring.block_on(opened, || {})
 }
 
 fn bytes(text: &str) -> Result<u64> {

@@ -2,10 +2,25 @@
 
 use std::path::Path;
 
+use clap::Args;
 use formats::{Format, OptionKind, OptionValue, find, for_extension, raw_for};
 
 use crate::config::{expects, size};
 use crate::{Error, Result};
+
+/// The options of an image that is to be made.
+#[derive(Args)]
+pub(super) struct Options {
+    /// An option of the new image's format, as `launcher formats` lists them; may be given again,
+    /// or several with commas
+    #[arg(
+        short = 'o',
+        long = "option",
+        value_name = "KEY=VALUE",
+        value_delimiter = ','
+    )]
+    pub(super) options: Vec<String>,
+}
 
 /// The format of an image that no VM's file describes: the one written out, or its extension's;
 /// never by its content. A raw one is thin: nothing is allocated of what is only looked at.

@@ -16,8 +16,7 @@ use crate::{Result, exit};
 #[derive(Args)]
 #[command(after_help = "Example:\n  launcher disk list vm.toml")]
 pub(super) struct List {
-    /// TOML file of the VM, the folder of its vm.toml, or the name of a running VM
-    /// [default: vm.toml]
+    /// TOML file of the VM, the folder of its vm.toml, or its name [default: vm.toml]
     vm: Option<PathBuf>,
     /// Print JSON
     #[arg(long)]

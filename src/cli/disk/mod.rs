@@ -18,9 +18,12 @@ use clap::{Args, Subcommand};
 
 use crate::Result;
 
-/// Resize, list, create, convert, check and snapshot the disks of VMs
+/// List, resize, create, convert, check and snapshot the disks of VMs
 #[derive(Args)]
-#[command(after_help = "Example:\n  launcher disk resize vm.toml 0 +1GiB")]
+#[command(
+    after_help = "Examples:\n  launcher disk list web\n  launcher disk resize web 0 +1GiB\n  \
+                  launcher disk info --path old.qcow2"
+)]
 pub(super) struct Disk {
     #[command(subcommand)]
     command: Command,

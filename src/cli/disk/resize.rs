@@ -28,7 +28,7 @@ use crate::{Error, Result, exit, progress};
     after_help = "Examples:\n  launcher disk resize web 0 8GiB\n  launcher disk resize vm.toml ROOT +1GiB --save\n  launcher disk resize vm.toml 0 2GiB"
 )]
 pub(super) struct Resize {
-    /// TOML file of the VM, the folder of its vm.toml, or the name of a running VM
+    /// TOML file of the VM, the folder of its vm.toml, or its name
     vm: PathBuf,
     /// The disk: its index over [[block]] from 0, or its id
     #[arg(value_name = "INDEX|ID")]

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use formats::qcow2::snapshots;
 
-use super::format::is_qcow2;
 use super::snapshots::{Listed, listing, shown, utc};
 use super::which::{Found, Lone, Which};
 use crate::cli::output::{complain, print, print_json};
@@ -83,8 +82,8 @@ struct Delete {
 /// A disk, and the name of a snapshot of it.
 #[derive(Args)]
 struct Named {
-    /// TOML file of the VM, the folder of its vm.toml, or the name of a running VM; with --path,
-    /// the snapshot's NAME instead
+    /// TOML file of the VM, the folder of its vm.toml, or its name; with --path, the
+    /// snapshot's NAME instead
     #[arg(value_name = "VM")]
     first: String,
     /// The disk: its index over [[block]] from 0, or its id
@@ -223,12 +222,11 @@ impl Named {
 /// A disk whose image can have snapshots.
 fn with_snapshots(which: Which) -> Result<Found> {
     let found = which.find()?;
-    match is_qcow2(found.format) {
-        true => Ok(found),
-        false => Err(Error::usage(format!(
-            "`{}` is {}, which has no snapshots, expected qcow2",
-            found.path().display(),
-            found.format.name
+    match found.format.name {
+        "qcow2" => Ok(found),
+        name => Err(Error::usage(format!(
+            "`{}` is {name}, which has no snapshots, expected qcow2",
+            found.path().display()
         ))),
     }
 }

@@ -17,7 +17,7 @@ use crate::{Error, Result};
 /// `INDEX SIZE` by how many words there are.
 #[derive(Args)]
 pub(super) struct Which {
-    /// TOML file of the VM, the folder of its vm.toml, or the name of a running VM
+    /// TOML file of the VM, the folder of its vm.toml, or its name
     #[arg(required_unless_present = "path", conflicts_with = "path")]
     pub(super) vm: Option<PathBuf>,
     /// The disk: its index over [[block]] from 0, or its id
