@@ -111,9 +111,9 @@ fn detached_vm_is_up_when_boot_was_waited_for_and_runs_once() {
 fn console_attaches_with_scrollback_and_detaches() {
     let folder = Folder::new();
     let vm = Detached::up(&folder, &guest(), &[]);
-    let terminal = Terminal::new();
-    let before = terminal.settings();
     for shown in ["lab: ready", "typed once"] {
+        let terminal = Terminal::new();
+        let before = terminal.settings();
         let mut console = terminal.start(folder.launcher(&["console", "vm.toml"]));
         // The second time out of what was kept.
         console.wait_for(shown);
@@ -134,6 +134,7 @@ fn console_attaches_with_scrollback_and_detaches() {
     other.wait_for("lab: ready");
     other.send("echo from' the 'other\n");
     console.wait_for("from the other\r\n");
+    other.wait_for("from the other\r\n");
     console.signal(Signal::TERM);
     console.exit();
     assert_eq!(other.run("echo $((7 * 7))"), "49");
