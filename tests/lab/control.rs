@@ -161,7 +161,7 @@ fn paused_guest_stands_still() {
         let later = status(&folder);
         assert_eq!(console.console.text().len(), printed, "it prints");
         assert_eq!(later["vcpus"], paused["vcpus"], "it takes processor time");
-        // A disk takes its new size all the same, and what is typed is kept for later.
+        // A disk takes its new size all the same.
         folder.order(&["disk", "resize", "vm.toml", "0", "+1MiB"]);
         assert!(
             folder
