@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::Read;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::client::Client;
@@ -77,6 +77,25 @@ fn it_returns_when_the_vm_runs_which_goes_on_alone() {
     eventually("its last words are kept", || {
         fs::read_to_string(place.join("launcher.log")).is_ok_and(|log| log.contains("by force"))
     });
+}
+
+#[test]
+fn it_keeps_no_file_open_that_whoever_starts_it_has() {
+    let folder = Folder::new(&halt(), "");
+    let _left = Left(&folder);
+    let launcher = folder.command();
+    let mut shell = Command::new("sh");
+    shell
+        .args(["-c", "exec \"$0\" up --force --detach 7>held"])
+        .arg(launcher.get_program())
+        .current_dir(folder.path(""))
+        .env("XDG_RUNTIME_DIR", folder.path(""));
+    assert!(shell.status().unwrap().success());
+    let pid = Client::of(&folder).status()["pid"].as_u64().unwrap();
+    for file in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+        let to = fs::read_link(file.unwrap().path()).unwrap_or_default();
+        assert!(!to.ends_with("held"), "{to:?}");
+    }
 }
 
 #[test]

@@ -47,12 +47,13 @@ pub(super) fn start(up: &Up) -> Result<u8> {
     let begin = move || {
         setsid()?;
         set_parent_process_death_signal(Some(Signal::TERM))?;
+        keep_no_files();
         // SAFETY: the pipe is open: the process that was forked has not closed it, nor does this.
         let tell = unsafe { rustix::fd::BorrowedFd::borrow_raw(fd) };
         rustix::io::fcntl_setfd(tell, FdFlags::empty())?;
         Ok(())
     };
-    // SAFETY: three system calls, which are async-signal-safe; nothing is allocated or locked.
+    // SAFETY: four system calls, which are async-signal-safe; nothing is allocated or locked.
     unsafe { command.pre_exec(begin) };
     let child = command.spawn().map_err(failed("start a process"))?;
     drop(tell);
@@ -64,6 +65,22 @@ pub(super) fn start(up: &Up) -> Result<u8> {
     match up.wait {
         None => Ok(exit::DONE),
         Some(Wait::Boot) => wait_for_boot(up, child, &mut told),
+    }
+}
+
+/// What this process happens to have open (a lock's file, a pipe that somebody reads to its end)
+/// is not for one that lives on: all is closed on exec, but for standard input and output.
+fn keep_no_files() {
+    const FIRST: libc::c_int = libc::STDERR_FILENO + 1;
+    // SAFETY: close_range(2) with this flag closes nothing now, and touches no memory. A kernel
+    // older than 5.11 refuses it: then they stay open.
+    unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            FIRST,
+            libc::c_uint::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        );
     }
 }
 
