@@ -87,7 +87,7 @@ fn shown(status: &Status, before: Option<&Status>) -> String {
         [
             "memory".to_owned(),
             format!(
-                "{}, of which the host has given {}",
+                "{}; its process takes {} on the host",
                 size::show(status.memory.size),
                 rough(status.memory.resident)
             ),
@@ -247,7 +247,7 @@ mod tests {
             "web is running for 1m 1s\n\
              file     /vm.toml\n\
              process  7\n\
-             memory   512MiB, of which the host has given 1.5MiB\n\
+             memory   512MiB; its process takes 1.5MiB on the host\n\
              vCPU 0   2s of processor time\n\
              \n\
              DISK    FORMAT  SIZE  ON HOST  READS  READ   WRITES  WRITTEN  FLUSHES  DISCARDS  \
