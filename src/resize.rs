@@ -199,18 +199,19 @@ fn may_shrink(subject: &Subject<'_>, to: u64, consent: Consent) -> Result<(), Fa
 /// Why a disk did not get the size that [`decide`] allowed; it has the one that it had.
 pub(crate) fn failed(subject: &Subject<'_>, to: u64, error: &std::io::Error) -> Failure {
     use std::io::ErrorKind;
-    let errno = error.raw_os_error();
+    let canceled = error.raw_os_error() == Some(libc::ECANCELED);
+    let errno = error.raw_os_error().filter(|_| !canceled);
     let kind = match (errno, error.kind()) {
+        _ if canceled => FailureKind::Ending,
         // The disk was closed meanwhile.
         (None, ErrorKind::NotConnected) => FailureKind::Ending,
-        (Some(libc::ECANCELED), _) => FailureKind::Ending,
         (None, ErrorKind::InvalidInput) => FailureKind::Unsupported,
         _ => FailureKind::Host,
     };
     let text = error.to_string();
-    let text = match errno {
-        Some(libc::ECANCELED) => "the VM is ending",
-        _ => text
+    let text = match canceled {
+        true => "the VM is ending",
+        false => text
             .split_once(" (os error")
             .map_or(&*text, |(text, _)| text),
     };

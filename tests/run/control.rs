@@ -282,6 +282,33 @@ fn a_disk_grows_live_before_any_driver_is_there() {
 }
 
 #[test]
+fn the_end_of_a_vm_does_not_wait_for_a_resize_and_undoes_it() {
+    let toml = "[[block]]\npath = \"disk.qcow2\"\nsize = \"1MiB\"\nsparse = false\n\
+                [block.qcow2]\ncluster_size = 512";
+    let folder = Folder::new(&halt(), toml);
+    let vm = folder.up();
+    let mut client = Client::of(&folder);
+    // One L2 table after the other: many seconds.
+    let order = r#"{"id":1,"command":"resize","arguments":{"disk":"0","size":"2GiB"}}"#;
+    client.send(order);
+    assert!(client.line()["progress"]["done"].is_u64());
+    let killed = Instant::now();
+    assert_eq!(Client::of(&folder).order("kill")["ok"]["how"], "forced");
+    let took = killed.elapsed();
+    let refused = loop {
+        let answer = client.line();
+        if answer["progress"].is_null() {
+            break answer;
+        }
+    };
+    assert_eq!(refused["error"]["kind"], "ending", "{refused}");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    vm.end();
+    let header = fs::read(folder.path("disk.qcow2")).unwrap();
+    assert_eq!(header[24..32], (1_u64 << 20).to_be_bytes());
+}
+
+#[test]
 fn a_resize_past_the_file_size_limit_changes_nothing() {
     for sparse in [true, false] {
         let toml = format!("{DISK}sparse = {sparse}");
