@@ -31,16 +31,10 @@ fn example(folder: &Path, arguments: &[&str]) -> Output {
 
 fn image(path: &Path, places: u64) -> Image {
     Image {
-        path: path.into(),
-        ro: false,
-        sparse: true,
-        o_direct: false,
-        block_size: 512,
-        lock: true,
         size: Some(1 << 20),
-        backing: Vec::new(),
         format_written: false,
         options: vec![("places", OptionValue::Number(places))],
+        ..Image::new(path)
     }
 }
 

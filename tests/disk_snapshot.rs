@@ -134,18 +134,7 @@ fn while_the_image_is_in_use_it_is_only_listed() {
     let folder = folder.path();
     done(folder, "create vm.toml 0 fresh");
     let ring = Ring::new(Engine::Threads).unwrap();
-    let image = Image {
-        path: folder.join("a.qcow2"),
-        ro: false,
-        sparse: true,
-        o_direct: false,
-        block_size: 512,
-        lock: true,
-        size: None,
-        backing: Vec::new(),
-        format_written: true,
-        options: Vec::new(),
-    };
+    let image = Image::new(folder.join("a.qcow2"));
     let held = HostFile::open(&ring, &image).unwrap();
     for order in [
         "create vm.toml 0 b",

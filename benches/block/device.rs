@@ -39,16 +39,8 @@ fn open(place: &Place, queues: usize) -> Result<Blk> {
     Ok(Blk::open(BlkOptions {
         ephemeral: false,
         image: Image {
-            path: place.path.clone(),
-            ro: false,
-            sparse: true,
             o_direct: place.direct,
-            block_size: 512,
-            lock: true,
-            size: None,
-            backing: Vec::new(),
-            format_written: true,
-            options: Vec::new(),
+            ..Image::new(place.path.clone())
         },
         format,
         id: None,

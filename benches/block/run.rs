@@ -214,16 +214,9 @@ impl Bench<'_> {
     fn opened(&self, format: &Format, path: &Path) -> Image {
         let backed = self.row.holds == Holds::Backing && format.name != self.raw.ours.name;
         Image {
-            path: path.to_owned(),
-            ro: false,
-            sparse: true,
             o_direct: self.row.direct,
-            block_size: 512,
-            lock: true,
-            size: None,
             backing: backed.then(|| self.base()).into_iter().collect(),
-            format_written: true,
-            options: Vec::new(),
+            ..Image::new(path)
         }
     }
 

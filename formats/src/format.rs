@@ -155,6 +155,25 @@ pub struct Image {
     pub options: Vec<(&'static str, OptionValue)>,
 }
 
+impl Image {
+    /// An image that is there and that its user knows the format of: to read and write, thin,
+    /// through the page cache, in blocks of 512 bytes, locked, with no other file.
+    pub fn new(path: impl Into<PathBuf>) -> Image {
+        Image {
+            path: path.into(),
+            ro: false,
+            sparse: true,
+            o_direct: false,
+            block_size: 512,
+            lock: true,
+            size: None,
+            backing: Vec::new(),
+            format_written: true,
+            options: Vec::new(),
+        }
+    }
+}
+
 /// All registered formats, sorted by name. Two of one name, or for one extension, are an error.
 pub fn formats() -> Result<Vec<&'static Format>, OpenError> {
     check(inventory::iter::<Format>.into_iter().collect())

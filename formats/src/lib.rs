@@ -11,16 +11,9 @@
 //! use formats::{Buffer, Engine, Image, Ring, Segments};
 //!
 //! let image = Image {
-//!     path,
-//!     ro: false,
-//!     sparse: true,
-//!     o_direct: false,
-//!     block_size: 512,
-//!     lock: true,
 //!     size: Some(1 << 20),
-//!     backing: Vec::new(),
 //!     format_written: false,
-//!     options: Vec::new(),
+//!     ..Image::new(path)
 //! };
 //! let format = formats::find(formats::raw_for(image.sparse)).ok_or("no such format")?;
 //! let ring = Ring::new(Engine::Auto)?;

@@ -35,16 +35,8 @@ pub(crate) fn directory() -> TempDir {
 /// An image with every option at its default, but for `format`.
 pub(crate) fn image(path: &Path) -> Image {
     Image {
-        path: path.into(),
-        ro: false,
-        sparse: true,
-        o_direct: false,
-        block_size: 512,
-        lock: true,
-        size: None,
-        backing: Vec::new(),
         format_written: false,
-        options: Vec::new(),
+        ..Image::new(path)
     }
 }
 

@@ -422,16 +422,9 @@ impl Disk {
     /// A machine that has it.
     pub(crate) fn plug(&self) -> (Machine, BlkHandle) {
         let image = Image {
-            path: self.dir.path().join("disk.img"),
             ro: self.ro,
             sparse: self.format != "raw",
-            o_direct: false,
-            block_size: 512,
-            lock: true,
-            size: None,
-            backing: Vec::new(),
-            format_written: true,
-            options: Vec::new(),
+            ..Image::new(self.dir.path().join("disk.img"))
         };
         let blk = Blk::open(BlkOptions {
             image,

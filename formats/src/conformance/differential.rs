@@ -160,16 +160,11 @@ fn direct_block_size(directory: &Path) -> Option<u32> {
     let ring = Ring::new(Engine::Auto).ok()?;
     let found = [512, 4096].into_iter().find(|block_size| {
         let image = Image {
-            path: path.clone(),
             ro: true,
-            sparse: true,
             o_direct: true,
             block_size: *block_size,
             lock: false,
-            size: None,
-            backing: Vec::new(),
-            format_written: true,
-            options: Vec::new(),
+            ..Image::new(path.clone())
         };
         ring.block_on((format.open)(&ring, &image), || {}).is_ok()
     });

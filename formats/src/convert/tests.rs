@@ -32,18 +32,7 @@ fn scene() -> (TempDir, Vec<u8>) {
 }
 
 fn image(path: PathBuf) -> Image {
-    Image {
-        path,
-        ro: false,
-        sparse: true,
-        o_direct: false,
-        block_size: 512,
-        lock: true,
-        size: None,
-        backing: Vec::new(),
-        format_written: true,
-        options: Vec::new(),
-    }
+    Image::new(path)
 }
 
 fn conversion<'a>(source: &'a Image, to: &'static Format, target: &'a Image) -> Conversion<'a> {

@@ -51,15 +51,7 @@ impl Deref for LockedFile {
 
 fn image(path: &Path, ro: bool) -> Image {
     Image {
-        path: path.into(),
         ro,
-        sparse: true,
-        o_direct: false,
-        block_size: 512,
-        lock: true,
-        size: None,
-        backing: Vec::new(),
-        format_written: true,
-        options: Vec::new(),
+        ..Image::new(path)
     }
 }

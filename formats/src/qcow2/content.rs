@@ -86,16 +86,9 @@ mod tests {
     /// The extents of a disk, in units of 64 KiB, as d3 z1 …
     fn extents(path: &Path, backing: &[&Path]) -> String {
         let image = Image {
-            path: path.into(),
             ro: true,
-            sparse: true,
-            o_direct: false,
-            block_size: 512,
-            lock: true,
-            size: None,
             backing: backing.iter().map(|path| (*path).into()).collect(),
-            format_written: true,
-            options: Vec::new(),
+            ..Image::new(path)
         };
         let format = crate::find("qcow2").unwrap();
         let ring = Ring::new(Engine::Auto).unwrap();

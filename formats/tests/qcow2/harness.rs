@@ -159,18 +159,7 @@ fn broken(fault: Fault) -> Format {
 }
 
 pub(crate) fn image(path: &Path) -> Image {
-    Image {
-        path: path.into(),
-        ro: false,
-        sparse: true,
-        o_direct: false,
-        block_size: 512,
-        lock: true,
-        size: None,
-        backing: Vec::new(),
-        format_written: true,
-        options: Vec::new(),
-    }
+    Image::new(path)
 }
 
 /// What is done to a raw image.

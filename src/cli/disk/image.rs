@@ -30,16 +30,8 @@ pub(super) fn image(block: &Block) -> Image {
 /// An image that no VM's file describes, to be read under a lock.
 pub(super) fn lone(path: &Path) -> Image {
     Image {
-        path: path.to_owned(),
         ro: true,
-        sparse: true,
-        o_direct: false,
-        block_size: 512,
-        lock: true,
-        size: None,
-        backing: Vec::new(),
-        format_written: true,
-        options: Vec::new(),
+        ..Image::new(path)
     }
 }
 

@@ -103,18 +103,7 @@ impl Lab {
 
 /// An image with every option at its default, but for `format`.
 pub(crate) fn image(path: &Path) -> Image {
-    Image {
-        path: path.into(),
-        ro: false,
-        sparse: true,
-        o_direct: false,
-        block_size: 512,
-        lock: true,
-        size: None,
-        backing: Vec::new(),
-        format_written: true,
-        options: Vec::new(),
-    }
+    Image::new(path)
 }
 
 /// Memory that holds `bytes`.

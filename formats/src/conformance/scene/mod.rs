@@ -43,16 +43,10 @@ impl Scene {
         let mut scene = Scene {
             directory: directory.into(),
             image: Image {
-                path: directory.join(TOP),
-                ro: false,
                 sparse: point.sparse,
                 o_direct: point.o_direct,
                 block_size: point.block_size,
-                lock: true,
-                size: None,
-                backing: Vec::new(),
-                format_written: true,
-                options: Vec::new(),
+                ..Image::new(directory.join(TOP))
             },
             content: Content::empty(point.size),
             versions: 0,

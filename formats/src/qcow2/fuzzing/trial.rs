@@ -151,16 +151,12 @@ impl Bench {
         let small_cache = (options & 0x40 != 0).then_some(("cache_size", OptionValue::Number(1)));
         let backing = seed.backing.iter().map(|_| names.backing.clone().into());
         Image {
-            path: path(&self.files.image).into(),
             ro: options & 7 == 7,
             sparse: options & 0x38 != 0x38 || huge,
-            o_direct: false,
-            block_size: 512,
             lock: false,
-            size: None,
             backing: backing.collect(),
-            format_written: true,
             options: data_file.chain(small_cache).collect(),
+            ..Image::new(path(&self.files.image))
         }
     }
 

@@ -176,16 +176,11 @@ impl Bench {
         let sparse = !input.ratio(1, 4)?;
         Ok(BlkOptions {
             image: Image {
-                path: format!("/proc/self/fd/{}", self.image.as_raw_fd()).into(),
                 ro: input.ratio(1, 8)?,
                 sparse,
-                o_direct: false,
                 block_size: *input.choose(&[512, 512, 1024, 4096])?,
                 lock: false,
-                size: None,
-                backing: Vec::new(),
-                format_written: true,
-                options: Vec::new(),
+                ..Image::new(format!("/proc/self/fd/{}", self.image.as_raw_fd()))
             },
             format: formats::find(formats::raw_for(sparse)).unwrap(),
             ephemeral: false,

@@ -85,16 +85,11 @@ impl Setup {
     fn options(&self, path: PathBuf) -> BlkOptions {
         BlkOptions {
             image: Image {
-                path,
                 ro: self.ro,
                 sparse: self.format.name != "raw",
                 o_direct: self.o_direct,
                 block_size: self.block_size,
-                lock: true,
-                size: None,
-                backing: Vec::new(),
-                format_written: true,
-                options: Vec::new(),
+                ..Image::new(path)
             },
             format: self.format,
             ephemeral: self.ephemeral,
