@@ -1,33 +1,39 @@
 //! Copying a disk into a new image of any format.
 //!
-//! Only data is read, by several threads (`scan`); blocks of zeroes are not written. The target
-//! is made under another name beside its own (`place`), filled in the disk's order (`target`),
-//! made durable, and meanwhile read back and compared by sums of its blocks (`blocks`). Then it
-//! gets its name.
+//! Only data is read, by several threads (`scan`); blocks of zeroes are not written (`sort`). The
+//! target is made under another name beside its own (`place`), filled in the disk's order
+//! (`target`) or by each of the threads (`raw`), made durable, and meanwhile read back and
+//! compared (`verify`) by sums of its blocks (`blocks`). Then it gets its name.
 
 mod blocks;
 mod durable;
+mod images;
 mod place;
+mod raw;
 mod scan;
+mod sort;
 mod target;
 #[cfg(test)]
 mod tests;
+mod verify;
 
 use std::fs::File;
 use std::io;
-use std::ops::Range;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::host_file::text;
 use crate::qcow2::Encoder;
-use crate::{Engine, Format, Image, OpenError, OptionValue, Progress, Ring};
+use crate::{Engine, Format, Image, OpenError, Progress, Ring};
 use blocks::Sums;
 use durable::Durable;
+use images::{backing, check_names, data_file, no_compression, read_only, too_small};
 use place::Place;
-use scan::{Opener, Scan, Slot, Unit, failure};
+use raw::Raw;
+use scan::{Opener, Scan, Slot, failure, no_memory};
+use sort::sort;
 use target::Target;
+use verify::verify;
 
 /// A disk's size is a multiple of this.
 const SECTOR: u64 = 512;
@@ -159,23 +165,28 @@ pub fn convert(
         false => None,
     };
     let (unit, has_zeroes) = (target.unit() as usize, target.has_zeroes());
+    let unwritten = |error| failure("write", &conversion.target.path, &error);
+    let raw = Raw::of(&target, conversion.to, &image)?;
     let worker = || {
         let mut encoder = compression.map(Encoder::new).transpose()?;
-        let sums = sums.as_ref();
+        let (sums, raw) = (sums.as_ref(), raw.as_ref());
         Ok(move |slot: &mut Slot| {
             if let Some(sums) = sums {
                 sums.add(slot.offset, &slot.memory[0][..slot.len]);
             }
-            sort(slot, unit, has_zeroes, encoder.as_mut())
+            sort(slot, unit, has_zeroes, encoder.as_mut()).map_err(no_memory)?;
+            match raw {
+                Some(raw) => raw.write(slot, unit).map_err(unwritten),
+                None => Ok(()),
+            }
         })
     };
-    let unwritten = |error| failure("write", &conversion.target.path, &error);
     let started = Instant::now();
     scan.run(worker, |slot| {
         let stored = ring.block_on(target.store(slot), || {});
         let stored = stored.map_err(unwritten)?;
         if let Some(durable) = &mut durable {
-            durable.written(stored);
+            durable.written(stored + slot.written);
         }
         let done = slot.offset + slot.len as u64;
         report(Stage::Converting, started, done, progress);
@@ -204,183 +215,4 @@ pub fn convert(
     drop(held_target);
     drop(held);
     Ok(size)
-}
-
-/// Finds out what each unit of a span is for the target.
-fn sort(
-    slot: &mut Slot,
-    unit: usize,
-    has_zeroes: bool,
-    mut encoder: Option<&mut Encoder>,
-) -> io::Result<()> {
-    slot.units.clear();
-    slot.packed.clear();
-    let len = slot.len.next_multiple_of(unit);
-    let [memory, backing @ ..] = &slot.memory[..] else {
-        return Ok(());
-    };
-    for at in (0..len).step_by(unit) {
-        let bytes = &memory[at..at + unit];
-        let found = match backing.first().map(|backing| &backing[at..at + unit]) {
-            Some(below) if below == bytes => Unit::Same,
-            Some(_) if has_zeroes && blocks::is_zero(bytes) => Unit::Zero,
-            None if blocks::is_zero(bytes) => Unit::Same,
-            _ => match &mut encoder {
-                Some(encoder) => pack(encoder, bytes, &mut slot.packed)?,
-                None => Unit::Data,
-            },
-        };
-        slot.units.push(found);
-    }
-    Ok(())
-}
-
-/// Compresses a cluster, if it becomes smaller.
-fn pack(encoder: &mut Encoder, bytes: &[u8], packed: &mut Vec<u8>) -> io::Result<Unit> {
-    let start = packed.len();
-    // With room for what becomes larger: after a stream that is cut off, the encoder is made anew.
-    packed.resize(start + bytes.len() + bytes.len() / 8 + 256, 0);
-    let len = encoder.compress(bytes, &mut packed[start..])?;
-    let len = len.filter(|len| *len < bytes.len());
-    packed.truncate(start + len.unwrap_or(0));
-    Ok(len.map_or(Unit::Data, |len| Unit::Packed(len as u32)))
-}
-
-/// Reads the target through its format, and compares its sums with those of the source.
-fn verify(
-    conversion: &Conversion<'_>,
-    image: &Image,
-    sums: &Sums,
-    stop: &AtomicBool,
-    mut progress: impl FnMut(u64),
-) -> Result<(), OpenError> {
-    let size = image.size.unwrap_or(0);
-    let image = read_only(image, false);
-    let ring =
-        Ring::new(conversion.engine).map_err(|error| failure("read", &image.path, &error))?;
-    let opened = ring.block_on((conversion.to.open)(&ring, &image), || {})?;
-    if opened.size() != size {
-        return Err(differs(
-            conversion,
-            opened.size().min(size)..opened.size().max(size),
-        ));
-    }
-    drop(opened);
-    let scan = Scan {
-        disks: &[Opener {
-            format: conversion.to,
-            image: &image,
-        }],
-        engine: conversion.engine,
-        size,
-        unit: blocks::BLOCK as u64,
-        stop,
-    };
-    let found = Sums::new(size);
-    let worker = || {
-        Ok(|slot: &mut Slot| {
-            found.add(slot.offset, &slot.memory[0][..slot.len]);
-            Ok(())
-        })
-    };
-    scan.run(worker, |slot| {
-        progress(slot.offset + slot.len as u64);
-        Ok(())
-    })?;
-    match sums.difference(&found) {
-        None => Ok(()),
-        Some(range) => Err(differs(conversion, range.start..range.end.min(size))),
-    }
-}
-
-fn differs(conversion: &Conversion<'_>, range: Range<u64>) -> OpenError {
-    OpenError {
-        message: format!(
-            "what was written to `{}` reads back differently between {:#x} and {:#x}: it was \
-             removed",
-            conversion.target.path.display(),
-            range.start,
-            range.end
-        ),
-        help: Some("look for errors of the disk or the memory in the kernel's log".into()),
-        key: OpenError::HOST,
-    }
-}
-
-/// An image as it is when it is only read, whatever its size.
-fn read_only(image: &Image, lock: bool) -> Image {
-    Image {
-        ro: true,
-        sparse: true,
-        size: None,
-        block_size: 1,
-        lock,
-        ..image.clone()
-    }
-}
-
-/// The target's own backing file.
-fn backing(image: &Image) -> Option<Image> {
-    let path = image.backing.first()?;
-    Some(Image {
-        path: path.clone(),
-        backing: image.backing[1..].to_vec(),
-        format_written: true,
-        options: Vec::new(),
-        ..read_only(image, true)
-    })
-}
-
-fn data_file(image: &Image) -> Option<&Path> {
-    image.options.iter().find_map(|option| match option {
-        ("data_file", OptionValue::Path(path)) => Some(path.as_path()),
-        _ => None,
-    })
-}
-
-/// Refuses to convert a file to itself.
-fn check_names(conversion: &Conversion<'_>) -> Result<(), OpenError> {
-    let (source, target) = (conversion.source, &conversion.target.path);
-    let mut read = [&source.path].into_iter();
-    let all = read
-        .by_ref()
-        .chain(&source.backing)
-        .chain(&conversion.target.backing);
-    let all = all.map(|path| path.as_path()).chain(data_file(source));
-    for path in all {
-        if place::is_same_file(path, target) {
-            return Err(OpenError {
-                message: format!(
-                    "`{}` is to be read, and cannot be the target",
-                    path.display()
-                ),
-                help: Some("choose another name for the target".into()),
-                key: "path",
-            });
-        }
-    }
-    Ok(())
-}
-
-fn too_small(conversion: &Conversion<'_>, size: u64, has: u64) -> OpenError {
-    OpenError {
-        message: format!(
-            "the target is to have {size} bytes, but `{}` has {has}",
-            conversion.source.path.display()
-        ),
-        help: Some("leave the size out to have the source's".into()),
-        key: "size",
-    }
-}
-
-fn no_compression(conversion: &Conversion<'_>) -> OpenError {
-    let name = conversion.to.name;
-    OpenError {
-        message: format!("format `{name}` as it is asked for cannot be compressed"),
-        help: Some(match name {
-            "qcow2" => "leave `data_file` and `preallocation` out".into(),
-            _ => "convert to format `qcow2`, or leave the compression out".into(),
-        }),
-        key: "format",
-    }
 }

@@ -56,6 +56,8 @@ pub(super) struct Slot {
     pub(super) units: Vec<Unit>,
     /// What the work makes of them.
     pub(super) packed: Vec<u8>,
+    /// How many bytes the work has written to the target.
+    pub(super) written: u64,
 }
 
 /// What a unit of a span is for the target.
@@ -75,6 +77,8 @@ pub(super) enum Unit {
 struct Cursor {
     at: u64,
     sequence: u64,
+    /// From `at` up to here it is known to be data.
+    known: u64,
 }
 
 type Sent = Result<Slot, OpenError>;
@@ -86,7 +90,7 @@ impl Scan<'_> {
 
     /// Goes through all of it. `worker` makes for each thread what works on a span; `sink` gets
     /// each span afterwards, in order. The first error ends it.
-    pub(super) fn run<W: FnMut(&mut Slot) -> io::Result<()>>(
+    pub(super) fn run<W: FnMut(&mut Slot) -> Result<(), OpenError>>(
         &self,
         worker: impl Fn() -> io::Result<W> + Sync,
         mut sink: impl FnMut(&mut Slot) -> Result<(), OpenError>,
@@ -100,7 +104,11 @@ impl Scan<'_> {
         }
         let mut free = Some(free);
         let slots = Mutex::new(slots);
-        let cursor = Mutex::new(Cursor { at: 0, sequence: 0 });
+        let cursor = Mutex::new(Cursor {
+            at: 0,
+            sequence: 0,
+            known: 0,
+        });
         let (done, results) = mpsc::channel::<Sent>();
         let mut failed = None;
         thread::scope(|scope| {
@@ -162,11 +170,12 @@ impl Scan<'_> {
                 .collect::<Result<_, _>>()?,
             units: Vec::new(),
             packed: Vec::new(),
+            written: 0,
         })
     }
 
     /// What one thread does.
-    fn work<W: FnMut(&mut Slot) -> io::Result<()>>(
+    fn work<W: FnMut(&mut Slot) -> Result<(), OpenError>>(
         &self,
         cursor: &Mutex<Cursor>,
         slots: &Mutex<Receiver<Slot>>,
@@ -196,7 +205,7 @@ impl Scan<'_> {
                 let read = read(&**disk, offset, memory, len, self.unit);
                 ring.block_on(read, || {}).map_err(unreadable)?;
             }
-            worker(&mut slot).map_err(no_memory)?;
+            worker(&mut slot)?;
             if done.send(Ok(slot)).is_err() {
                 break;
             }
@@ -219,22 +228,26 @@ impl Scan<'_> {
             if at >= self.size || self.stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let found = self.extent(disks, at).await?;
-            if !found.data {
-                cursor.at = at + found.len;
-                continue;
+            if cursor.known <= at {
+                let found = self.extent(disks, at).await?;
+                if !found.data {
+                    cursor.at = at + found.len;
+                    continue;
+                }
+                cursor.known = at + found.len;
             }
             // The unit that it begins in is not taken: spans end with whole units.
             let start = at / self.unit * self.unit;
             let most = (start + self.span()).min(self.size);
             let whole = |end: u64| end.next_multiple_of(self.unit).min(most);
-            let mut end = whole(at + found.len);
+            let mut end = whole(cursor.known);
             while end < most {
                 let more = self.extent(disks, end).await?;
                 if !more.data {
                     break;
                 }
-                end = whole(end + more.len);
+                cursor.known = end + more.len;
+                end = whole(cursor.known);
             }
             let sequence = cursor.sequence;
             (cursor.at, cursor.sequence) = (end, sequence + 1);
@@ -313,7 +326,7 @@ pub(super) fn failure(what: &str, path: &std::path::Path, error: &io::Error) -> 
     }
 }
 
-fn no_memory(error: io::Error) -> OpenError {
+pub(super) fn no_memory(error: io::Error) -> OpenError {
     OpenError {
         message: format!("cannot begin to convert: {}", text(&error)),
         help: None,

@@ -6,9 +6,10 @@ use std::mem;
 
 use super::Conversion;
 use super::blocks::BLOCK;
+use super::raw::is_raw;
 use super::scan::{Slot, Unit, reclaim};
 use crate::qcow2::{Compression, Packer};
-use crate::{Buffer, Disk, Format, Image, OpenError, Ring, Segments, raw_for};
+use crate::{Buffer, Disk, Format, Image, OpenError, Ring, Segments};
 
 /// Largest unit of a format of which nothing is known but its [`crate::Limits`].
 const MAX_UNIT: u32 = 2 << 20;
@@ -69,60 +70,9 @@ impl Target {
     /// Stores what is to be stored of a span. Returns how many bytes that were.
     pub(super) async fn store(&mut self, slot: &mut Slot) -> io::Result<u64> {
         let unit = self.unit() as usize;
-        let buffer = mem::replace(&mut slot.memory[0], Buffer::zeroed(0, 1)?);
-        let memory = Segments::from_buffer(buffer);
-        let mut packed = &slot.packed[..];
-        let (mut at, mut stored) = (0, slot.packed.len() as u64);
-        for run in slot
-            .units
-            .chunk_by(|one, other| one == other && !is_packed(*one))
-        {
-            let len = run.len() * unit;
-            let offset = slot.offset + at as u64;
-            match run[0] {
-                Unit::Same => {}
-                Unit::Zero => self.zeroes(offset, len).await?,
-                Unit::Data => {
-                    stored += len as u64;
-                    self.data(offset, memory.slice(at, len)).await?;
-                }
-                Unit::Packed(count) => {
-                    let (bytes, rest) = packed.split_at(count as usize);
-                    packed = rest;
-                    if let Target::Packed(packer) = self {
-                        packer.compressed(offset, bytes).await?;
-                    }
-                }
-            }
-            at += len;
-        }
-        slot.memory[0] = reclaim(memory)?;
-        Ok(stored)
-    }
-
-    async fn data(&mut self, offset: u64, from: Segments) -> io::Result<()> {
         match self {
-            Target::Packed(packer) => packer.data(offset, from).await,
-            Target::Disk(disk) => {
-                let left = disk.size().saturating_sub(offset);
-                let len = left.min(from.len() as u64) as usize;
-                disk.write(offset, from.slice(0, len)).await
-            }
-        }
-    }
-
-    async fn zeroes(&mut self, offset: u64, len: usize) -> io::Result<()> {
-        match self {
-            Target::Packed(packer) => {
-                for at in (0..len as u64).step_by(packer.cluster_size() as usize) {
-                    packer.zeroes(offset + at).await?;
-                }
-                Ok(())
-            }
-            Target::Disk(disk) => {
-                let len = disk.size().saturating_sub(offset).min(len as u64);
-                disk.write_zeroes(offset, len, true).await
-            }
+            Target::Packed(packer) => store_packed(packer, slot),
+            Target::Disk(disk) => store_on_disk(&**disk, unit, slot).await,
         }
     }
 
@@ -131,19 +81,70 @@ impl Target {
     pub(super) async fn finish(self, format: &Format) -> io::Result<Option<Box<dyn Any>>> {
         match self {
             Target::Packed(mut packer) => {
-                packer.finish().await?;
+                packer.finish()?;
                 Ok(Some(packer))
             }
             // A raw image is nothing but its file, which has it all.
-            Target::Disk(disk) if [true, false].map(raw_for).contains(&format.name) => {
-                Ok(Some(Box::new(disk)))
-            }
+            Target::Disk(disk) if is_raw(format) => Ok(Some(Box::new(disk))),
             Target::Disk(disk) => {
                 disk.close().await?;
                 Ok(None)
             }
         }
     }
+}
+
+fn store_packed(packer: &mut Packer, slot: &Slot) -> io::Result<u64> {
+    let unit = packer.cluster_size() as usize;
+    let mut packed = &slot.packed[..];
+    let (mut at, mut stored) = (0, packed.len() as u64);
+    let alike = |one: &Unit, other: &Unit| one == other && !is_packed(*one);
+    for run in slot.units.chunk_by(alike) {
+        let len = run.len() * unit;
+        let offset = slot.offset + at as u64;
+        match run[0] {
+            Unit::Same => {}
+            Unit::Zero => {
+                for at in (0..len as u64).step_by(unit) {
+                    packer.zeroes(offset + at)?;
+                }
+            }
+            Unit::Data => {
+                stored += len as u64;
+                packer.data(offset, &slot.memory[0][at..at + len])?;
+            }
+            Unit::Packed(count) => {
+                let (bytes, rest) = packed.split_at(count as usize);
+                packed = rest;
+                packer.compressed(offset, bytes)?;
+            }
+        }
+        at += len;
+    }
+    Ok(stored)
+}
+
+async fn store_on_disk(disk: &dyn Disk, unit: usize, slot: &mut Slot) -> io::Result<u64> {
+    let buffer = mem::replace(&mut slot.memory[0], Buffer::zeroed(0, 1)?);
+    let memory = Segments::from_buffer(buffer);
+    let (mut at, mut stored) = (0, 0);
+    for run in slot.units.chunk_by(|one, other| one == other) {
+        let offset = slot.offset + at as u64;
+        let left = disk.size().saturating_sub(offset);
+        let len = left.min((run.len() * unit) as u64);
+        match run[0] {
+            Unit::Zero => disk.write_zeroes(offset, len, true).await?,
+            Unit::Data => {
+                stored += len;
+                disk.write(offset, memory.slice(at, len as usize)).await?;
+            }
+            // Only a qcow2 image that is packed takes what is compressed.
+            Unit::Same | Unit::Packed(_) => {}
+        }
+        at += run.len() * unit;
+    }
+    slot.memory[0] = reclaim(memory)?;
+    Ok(stored)
 }
 
 fn is_packed(unit: Unit) -> bool {

@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::testing::{Random, directory};
-use crate::{Disk, Limits, Pending, Segments, find};
+use crate::{Disk, Limits, OptionValue, Pending, Segments, find};
 
 /// A raw disk of 40 MiB with data here and there.
 fn scene() -> (TempDir, Vec<u8>) {

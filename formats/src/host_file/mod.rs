@@ -35,6 +35,8 @@ pub struct HostFile {
     path: PathBuf,
     size: Cell<u64>,
     kind: Kind,
+    /// Where the host has said last that there is data.
+    data: Cell<(u64, u64)>,
     /// What O_DIRECT demands, if the file is open with it.
     direct: Option<Alignment>,
     /// The unit that the host frees, and handles best.
@@ -68,6 +70,7 @@ impl HostFile {
             path: directory.into(),
             size: Cell::new(size),
             kind: Kind::Regular,
+            data: Cell::new((0, 0)),
             direct: None,
             block: u32::try_from(stat.st_blksize).unwrap_or(4096),
             flushes: Flushes::new(true),

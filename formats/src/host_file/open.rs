@@ -45,6 +45,7 @@ impl HostFile {
             path: image.path.clone(),
             size: Cell::new(size),
             kind,
+            data: Cell::new((0, 0)),
             direct,
             flushes: Flushes::new(direct.is_none()),
             zeroes: OnceCell::new(),

@@ -4,7 +4,12 @@
 //! in the order that an image in use needs: everything is appended, each table when it is full,
 //! and what the header refers to comes last.
 
+mod refcounts;
+
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 
 use rustix::io::Errno;
 
@@ -13,7 +18,7 @@ use super::entry::{COMPRESSED, COPIED, Entry, Geometry, OFFSET_MASK};
 use super::header::{Header, MAX_HEADER};
 use super::map::number_at;
 use super::read::owned;
-use super::{Compression, Preallocation, refcount};
+use super::{Compression, Preallocation};
 use crate::host_file::text;
 use crate::{Buffer, HostFile, Image, OpenError, Ring, Segments};
 
@@ -24,7 +29,11 @@ const REFCOUNT_TABLE_FIELD: u64 = 48;
 
 /// A new image that is being filled. Clusters are given in the disk's order, each once.
 pub(crate) struct Packer {
-    file: HostFile,
+    /// Written with plain calls: an engine would have another thread make each, while the one that
+    /// fills the image has nothing else to do.
+    file: File,
+    /// The same file, with the image's lock.
+    _held: HostFile,
     header: Header,
     geometry: Geometry,
     l1: Vec<u64>,
@@ -33,8 +42,7 @@ pub(crate) struct Packer {
     /// In bytes, where nothing is yet. Within a cluster only while compressed ones are appended.
     end: u64,
     /// What was appended last and is not written yet: it ends at `end`.
-    staged: Buffer,
-    staged_len: usize,
+    staged: Vec<u8>,
     /// Refcounts of the clusters that the first refcount block is for, which are complete last.
     first_counts: Vec<u16>,
     /// Those of the blocks from `counted` on.
@@ -79,14 +87,14 @@ impl Packer {
             l1: vec![0; header.l1_size as usize],
             table: None,
             end: file.size().next_multiple_of(1 << bits),
-            staged: Buffer::zeroed(STAGED, 4096)?,
-            staged_len: 0,
+            staged: Vec::with_capacity(STAGED),
             first_counts: vec![0; 1 << geometry.refcount_block_bits()],
             counts: Vec::new(),
             counted: 1,
             blocks: blocks.take_while(|block| *block != 0).collect(),
             refcount_table,
-            file,
+            file: File::from(file.file().as_fd().try_clone_to_owned()?),
+            _held: file,
             header,
             geometry,
         };
@@ -111,17 +119,18 @@ impl Packer {
     }
 
     /// Stores whole clusters from `offset` of the disk on.
-    pub(crate) async fn data(&mut self, offset: u64, mut from: Segments) -> io::Result<()> {
+    pub(crate) fn data(&mut self, offset: u64, mut from: &[u8]) -> io::Result<()> {
         let bits = self.geometry.cluster_bits;
         let mut cluster = offset >> bits;
         while !from.is_empty() {
-            self.enter(cluster).await?;
-            self.align().await?;
+            self.enter(cluster)?;
+            self.align()?;
             let left = (1 << self.geometry.l2_bits()) - self.index(cluster) as u64;
             let count = left.min((from.len() >> bits) as u64);
             let host = self.append(count)?;
-            let part = from.split_to((count << bits) as usize);
-            self.file.write(host, part).await?;
+            let (part, rest) = from.split_at((count << bits) as usize);
+            self.file.write_all_at(part, host)?;
+            from = rest;
             for at in 0..count {
                 self.set(
                     cluster + at,
@@ -134,14 +143,14 @@ impl Packer {
     }
 
     /// Stores a cluster that was compressed to `bytes`, fewer than a cluster has.
-    pub(crate) async fn compressed(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+    pub(crate) fn compressed(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let bits = self.geometry.cluster_bits;
         let cluster = offset >> bits;
-        self.enter(cluster).await?;
+        self.enter(cluster)?;
         let most = self.geometry.max_refcount().min(u16::MAX.into()) as u16;
         if !self.end.is_multiple_of(self.cluster_size()) && self.count_of(self.end >> bits) >= most
         {
-            self.align().await?;
+            self.align()?;
         }
         let at = self.end;
         let end = at + bytes.len() as u64;
@@ -150,7 +159,7 @@ impl Packer {
         if end > OFFSET_MASK.min((1 << shift) - 1) {
             return Err(Errno::FBIG.into());
         }
-        self.stage(bytes).await?;
+        self.stage(bytes)?;
         let first = at >> bits;
         self.count(first, end.div_ceil(1 << bits) - first, 1)?;
         let sectors = (at % 512 + bytes.len() as u64 - 1) / 512;
@@ -166,70 +175,34 @@ impl Packer {
     }
 
     /// Has a cluster read as zeroes, whatever the backing file has.
-    pub(crate) async fn zeroes(&mut self, offset: u64) -> io::Result<()> {
+    pub(crate) fn zeroes(&mut self, offset: u64) -> io::Result<()> {
         let cluster = offset >> self.geometry.cluster_bits;
-        self.enter(cluster).await?;
+        self.enter(cluster)?;
         self.set(cluster, Entry::zero(self.geometry, None));
         Ok(())
     }
 
     /// Writes all that refers to what was stored. Nothing is durable yet.
-    pub(crate) async fn finish(&mut self) -> io::Result<()> {
-        self.close_table().await?;
-        self.align().await?;
-        self.place_refcounts()?;
-        let a_block = 1 << self.geometry.refcount_block_bits();
-        self.write_counts(0, &self.first_counts).await?;
-        for (number, counts) in (self.counted..).zip(self.counts.chunks(a_block)) {
-            self.write_counts(number, counts).await?;
-        }
-        let (offset, clusters) = self.refcount_table;
-        self.write_numbers(offset, &self.blocks).await?;
+    pub(crate) fn finish(&mut self) -> io::Result<()> {
+        self.close_table()?;
+        self.align()?;
+        let (offset, clusters) = self.write_refcounts()?;
         if offset != self.header.refcount_table_offset {
             let mut field = offset.to_be_bytes().to_vec();
             field.extend((clusters as u32).to_be_bytes());
-            self.write(REFCOUNT_TABLE_FIELD, &field).await?;
+            self.file.write_all_at(&field, REFCOUNT_TABLE_FIELD)?;
         }
-        self.write_numbers(self.header.l1_table_offset, &self.l1)
-            .await?;
-        self.file.resize(self.end).await
-    }
-
-    /// Finds places for the refcount blocks that are missing, and for a longer table of them if
-    /// there must be one. All of these are counted themselves.
-    fn place_refcounts(&mut self) -> io::Result<()> {
-        let bits = self.geometry.cluster_bits;
-        loop {
-            let needed = (self.end >> bits).div_ceil(1 << self.geometry.refcount_block_bits());
-            if (self.blocks.len() as u64) < needed {
-                let block = self.append(1)?;
-                self.blocks.push(block);
-                continue;
-            }
-            let clusters = (self.blocks.len() as u64 * 8).div_ceil(self.cluster_size());
-            if clusters <= self.refcount_table.1 {
-                break;
-            }
-            // With room for what it takes to count the table itself.
-            let clusters = clusters + 1;
-            let old = self.refcount_table;
-            self.refcount_table = (self.append(clusters)?, clusters);
-            self.count(old.0 >> bits, old.1, 0)?;
-        }
-        // All that there are clusters for must be there, to be written.
-        let block_bits = self.geometry.refcount_block_bits();
-        let rest = (self.blocks.len() as u64).saturating_sub(self.counted) << block_bits;
-        self.counts.resize(rest as usize, 0);
-        Ok(())
+        self.write_numbers(self.header.l1_table_offset, &self.l1)?;
+        self.file.set_len(self.end)
     }
 
     /// Makes the L2 table that a cluster belongs to the one that is entered into.
-    async fn enter(&mut self, cluster: u64) -> io::Result<()> {
+    fn enter(&mut self, cluster: u64) -> io::Result<()> {
         let index = cluster >> self.geometry.l2_bits();
         if self.table.as_ref().is_some_and(|(now, _)| *now == index) {
             return Ok(());
         }
-        let mut bytes = self.close_table().await?;
+        let mut bytes = self.close_table()?;
         bytes.clear();
         bytes.resize(self.cluster_size() as usize, 0);
         self.table = Some((index, bytes));
@@ -237,28 +210,18 @@ impl Packer {
     }
 
     /// Writes the L2 table, and refcount blocks that are complete. Returns the table's memory.
-    async fn close_table(&mut self) -> io::Result<Vec<u8>> {
+    fn close_table(&mut self) -> io::Result<Vec<u8>> {
         let Some((index, bytes)) = self.table.take() else {
             return Ok(Vec::new());
         };
-        self.align().await?;
+        self.align()?;
         let host = self.append(1)?;
-        self.write(host, &bytes).await?;
+        self.file.write_all_at(&bytes, host)?;
         let Some(entry) = self.l1.get_mut(index as usize) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         *entry = host | COPIED;
-        let block_bits = self.geometry.refcount_block_bits();
-        while self.end >> self.geometry.cluster_bits >= (self.counted + 1) << block_bits {
-            while self.blocks.len() as u64 <= self.counted {
-                let block = self.append(1)?;
-                self.blocks.push(block);
-            }
-            let rest = self.counts.split_off(1 << block_bits);
-            let complete = std::mem::replace(&mut self.counts, rest);
-            self.write_counts(self.counted, &complete).await?;
-            self.counted += 1;
-        }
+        self.write_complete_counts()?;
         Ok(bytes)
     }
 
@@ -291,99 +254,41 @@ impl Packer {
     }
 
     /// Appends bytes, to be written together with others.
-    async fn stage(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+    fn stage(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            let len = bytes.len().min(STAGED - self.staged_len);
+            let len = bytes.len().min(STAGED - self.staged.len());
             let (now, later) = bytes.split_at(len);
-            self.staged[self.staged_len..][..len].copy_from_slice(now);
-            self.staged_len += len;
+            self.staged.extend_from_slice(now);
             self.end += len as u64;
             bytes = later;
-            if self.staged_len == STAGED {
-                self.write_staged().await?;
+            if self.staged.len() == STAGED {
+                self.write_staged()?;
             }
         }
         Ok(())
     }
 
-    async fn write_staged(&mut self) -> io::Result<()> {
-        if self.staged_len == 0 {
-            return Ok(());
-        }
-        let buffer = std::mem::replace(&mut self.staged, Buffer::zeroed(0, 1)?);
-        let memory = Segments::from_buffer(buffer);
-        let len = std::mem::take(&mut self.staged_len);
-        let written = self.file.write(self.end - len as u64, memory.slice(0, len));
-        written.await?;
-        self.staged = owned(memory)?;
+    fn write_staged(&mut self) -> io::Result<()> {
+        let offset = self.end - self.staged.len() as u64;
+        self.file.write_all_at(&self.staged, offset)?;
+        self.staged.clear();
         Ok(())
     }
 
     /// Goes on with a whole cluster.
-    async fn align(&mut self) -> io::Result<()> {
-        self.write_staged().await?;
+    fn align(&mut self) -> io::Result<()> {
+        self.write_staged()?;
         self.end = self.end.next_multiple_of(self.cluster_size());
         Ok(())
     }
 
-    /// Raises the refcounts of clusters by one; with `by` 0, sets them to 0.
-    fn count(&mut self, first: u64, clusters: u64, by: u16) -> io::Result<()> {
-        let block_bits = self.geometry.refcount_block_bits();
-        for cluster in first..first + clusters {
-            let counts = match cluster >> block_bits {
-                0 => &mut self.first_counts,
-                _ => &mut self.counts,
-            };
-            let at = match cluster >> block_bits {
-                0 => Some(cluster),
-                _ => cluster.checked_sub(self.counted << block_bits),
-            };
-            let at = at.ok_or(io::ErrorKind::InvalidInput)? as usize;
-            if at >= counts.len() {
-                counts.resize((at + 1).next_multiple_of(1 << block_bits), 0);
-            }
-            counts[at] = if by == 0 { 0 } else { counts[at] + by };
-        }
-        Ok(())
-    }
-
-    fn count_of(&self, cluster: u64) -> u16 {
-        let block_bits = self.geometry.refcount_block_bits();
-        let found = match cluster >> block_bits {
-            0 => self.first_counts.get(cluster as usize),
-            _ => cluster
-                .checked_sub(self.counted << block_bits)
-                .and_then(|at| self.counts.get(at as usize)),
-        };
-        found.copied().unwrap_or(0)
-    }
-
-    /// Writes one refcount block.
-    async fn write_counts(&self, number: u64, counts: &[u16]) -> io::Result<()> {
-        let Some(offset) = self.blocks.get(number as usize) else {
-            return Ok(());
-        };
-        let mut bytes = vec![0; self.cluster_size() as usize];
-        for (index, count) in counts.iter().enumerate() {
-            let order = self.geometry.refcount_order;
-            refcount::store(&mut bytes, order, index, (*count).into());
-        }
-        self.write(*offset, &bytes).await
-    }
-
     /// Writes a table.
-    async fn write_numbers(&self, offset: u64, numbers: &[u64]) -> io::Result<()> {
+    fn write_numbers(&self, offset: u64, numbers: &[u64]) -> io::Result<()> {
         let bytes: Vec<u8> = numbers
             .iter()
             .flat_map(|number| number.to_be_bytes())
             .collect();
-        self.write(offset, &bytes).await
-    }
-
-    async fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let mut buffer = Buffer::zeroed(bytes.len(), 4096)?;
-        buffer.copy_from_slice(bytes);
-        self.file.write(offset, Segments::from_buffer(buffer)).await
+        self.file.write_all_at(&bytes, offset)
     }
 }
 
