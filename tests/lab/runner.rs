@@ -201,10 +201,14 @@ fn default_threads() -> usize {
     thread::available_parallelism().map_or(1, |cpus| cpus.get().div_ceil(2))
 }
 
-/// How many guests of one run an emulated machine may lose, and how many of one case. Software
-/// emulation of nested virtualisation has been seen to end about one guest in a few hundred with a
-/// triple fault, and to stop one for good, in the middle of what another run of the same case does
-/// without. Such a case is run again, and says so; on hardware, and past these numbers, it fails.
+/// How many guests of one run an emulated machine may lose, and how many of one case.
+///
+/// Software emulation of nested virtualisation now and then ends a guest with a triple fault, or
+/// stops it for good, in the middle of what another run of the same case does without. What was
+/// seen of one that stopped: the guest notifies a virtqueue, KVM cannot fetch that instruction,
+/// though the guest has just executed it, and reflects a page fault to the guest, which finds
+/// nothing wrong and tries again, 24,000 times a second; `launcher` sleeps meanwhile. Such a case
+/// is run again, and says so; on hardware, and past these numbers, it fails.
 const EMULATED_LOSSES: u32 = 8;
 const EMULATED_LOSSES_OF_A_CASE: u32 = 2;
 
