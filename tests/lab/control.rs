@@ -169,8 +169,10 @@ fn paused_guest_stands_still() {
                 .contains("runs again")
         );
         let text = console.console.text();
-        let (_, last) = text.rsplit_once("tick ").unwrap();
-        let last: u32 = last.trim().parse().unwrap();
+        // It may have been stopped in the midst of a line.
+        let (whole, _) = text.rsplit_once("\r\n").unwrap();
+        let (_, last) = whole.rsplit_once("tick ").unwrap();
+        let last: u32 = last.parse().unwrap();
         // It goes on where it was: no tick is missing, none was made up for.
         console.wait_for(&format!("tick {}\r\n", last + 1));
         console.wait_for(&format!("tick {}\r\n", last + 2));
