@@ -13,6 +13,7 @@ pub mod messages;
 mod progress;
 pub(crate) mod resize;
 mod signals;
+mod stdout;
 pub mod terminal;
 pub mod vm;
 

@@ -1,19 +1,19 @@
 //! `launcher console`.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use clap::Args;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGTSTP};
+use signal_hook::consts::{SIGCONT, SIGTSTP};
 
 use super::output::complain;
 use super::target::Target;
+use crate::signals::Signals;
 use crate::terminal::{self, RawMode};
-use crate::{Error, Result, exit, signals};
+use crate::{Error, Result, exit, stdout};
 
 /// The key that detaches: Ctrl-].
 const DETACH: u8 = 0x1d;
@@ -50,7 +50,7 @@ impl Console {
         }
         let mut attached = Attached {
             stream,
-            signals: caught()?,
+            signals: Signals::catch()?,
             terminal: None,
             keyboard,
             input: Vec::new(),
@@ -92,7 +92,7 @@ enum End {
 /// A terminal or a pipe on one side, the guest's console on the other.
 struct Attached {
     stream: UnixStream,
-    signals: UnixStream,
+    signals: Signals,
     terminal: Option<RawMode>,
     keyboard: bool,
     /// Read, but not taken by the VM yet.
@@ -137,7 +137,7 @@ impl Attached {
             PollFlags::empty()
         };
         let mut fds = vec![
-            PollFd::new(&self.signals, PollFlags::IN),
+            PollFd::from_borrowed_fd(self.signals.as_fd(), PollFlags::IN),
             PollFd::new(&self.stream, of_stream),
         ];
         if reads {
@@ -159,11 +159,8 @@ impl Attached {
     }
 
     fn on_signals(&mut self) -> Option<End> {
-        use std::io::Read;
-        let mut bytes = [0; 64];
-        let count = self.signals.read(&mut bytes).unwrap_or(0);
-        for &signal in &bytes[..count] {
-            match i32::from(signal) {
+        for signal in self.signals.take() {
+            match signal {
                 // A shell has had the terminal meanwhile, and has changed its settings.
                 SIGCONT => {
                     if let Some(terminal) = &self.terminal
@@ -193,7 +190,7 @@ impl Attached {
         let mut piece = [0; PIECE];
         match rustix::io::read(&self.stream, &mut piece) {
             Ok(0) | Err(Errno::CONNRESET) => Ok(Some(End::Ended)),
-            Ok(count) => match write_out(&piece[..count]) {
+            Ok(count) => match stdout::write_all(&piece[..count]) {
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(Some(End::Unread)),
                 Err(error) => Err(failed("write to standard output", &error)),
                 Ok(()) => Ok(None),
@@ -253,51 +250,6 @@ struct Ready {
     /// The guest takes input.
     room: bool,
     keys: bool,
-}
-
-/// Writes everything. Standard output may be non-blocking, by no doing of ours.
-fn write_out(mut bytes: &[u8]) -> io::Result<()> {
-    let stdout = rustix::stdio::stdout();
-    while !bytes.is_empty() {
-        match rustix::io::write(stdout, bytes) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(count) => bytes = &bytes[count..],
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => {
-                let mut ready = [PollFd::from_borrowed_fd(stdout.as_fd(), PollFlags::OUT)];
-                let _ = poll(&mut ready, None);
-            }
-            Err(errno) => return Err(errno.into()),
-        }
-    }
-    Ok(())
-}
-
-/// Where the signals arrive that would end this process and leave its terminal raw, a byte each.
-fn caught() -> Result<UnixStream> {
-    let set_up = || {
-        let (signals, sender) = UnixStream::pair()?;
-        signals.set_nonblocking(true)?;
-        sender.set_nonblocking(true)?;
-        let caught = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT];
-        for signal in caught {
-            // A parent that ignores them (nohup) wants it so.
-            if signal != SIGTERM && signals::is_ignored(signal) {
-                continue;
-            }
-            let sender = sender.try_clone()?;
-            let action = move || {
-                // Full means that unread signals wait already.
-                let _ = rustix::io::write(&sender, &[signal as u8]);
-            };
-            // SAFETY: the action is async-signal-safe: it does nothing but one write(2) to a
-            // socket that it owns, without allocation or lock.
-            unsafe { signal_hook::low_level::register(signal, action) }?;
-        }
-        signals::unblock(caught);
-        Ok(signals)
-    };
-    set_up().map_err(|error: io::Error| failed("catch signals", &error))
 }
 
 fn failed(what: &str, error: &io::Error) -> Error {

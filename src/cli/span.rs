@@ -2,19 +2,18 @@
 
 use std::time::Duration;
 
+use crate::config::span_parts;
+
 /// Reads a span as in a VM's file: "500ms", "30s", "2m" or "1h", at most a day; for
 /// [`clap::Arg::value_parser`].
 pub(super) fn parse(text: &str) -> Result<Duration, String> {
     const LONGEST: u64 = 24 * 3_600_000;
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let millis = match unit {
-        "ms" => 1,
-        "s" => 1_000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        "" if digits > 0 => return Err(format!("write \"{number}s\" for seconds")),
-        _ => return Err("expected a time such as 500ms, 30s or 2m".to_owned()),
+    let (number, millis) = span_parts(text);
+    let Some(millis) = millis else {
+        return Err(match !text.is_empty() && number == text {
+            true => format!("write \"{number}s\" for seconds"),
+            false => "expected a time such as 500ms, 30s or 2m".to_owned(),
+        });
     };
     let number = number.parse::<u64>().ok();
     match number.and_then(|number| number.checked_mul(millis)) {

@@ -125,6 +125,20 @@ leaf! {
     }
 }
 
+/// The number of a time span as it is written, and its unit in milliseconds if it is one.
+pub(crate) fn span_parts(text: &str) -> (&str, Option<u64>) {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let millis = match unit {
+        "ms" => Some(1),
+        "s" => Some(1_000),
+        "m" => Some(60_000),
+        "h" => Some(3_600_000),
+        _ => None,
+    };
+    (number, millis)
+}
+
 leaf! {
     /// A time span.
     Span(Duration): "a time such as \"500ms\", \"30s\" or \"2m\", at most \"1h\"", |scalar| {
@@ -135,14 +149,8 @@ leaf! {
             }
             _ => return Err(Wrong::default()),
         };
-        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-        let (number, unit) = text.split_at(digits);
-        let millis = match unit {
-            "ms" => 1,
-            "s" => 1_000,
-            "m" => 60_000,
-            "h" => 3_600_000,
-            _ => return Err(Wrong::default()),
+        let (number, Some(millis)) = span_parts(&text) else {
+            return Err(Wrong::default());
         };
         match number.parse::<u64>().ok().and_then(|number| number.checked_mul(millis)) {
             Some(millis @ 0..=3_600_000) => Ok(Duration::from_millis(millis)),

@@ -28,6 +28,7 @@ use formats::Format;
 pub use self::block::Block;
 use self::diagnostic::Diagnostic;
 pub use self::image_format::expects;
+pub(crate) use self::kinds::span_parts;
 use self::lines::Lines;
 use self::options::Table;
 pub use self::options::{Absent, Key, Takes};

@@ -8,9 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
-
 use super::kept_log::KeptLog;
+use crate::stdout;
 
 /// Output that waits for a reader at most, in bytes; more is dropped, and the reader told.
 const OUTPUT_LIMIT: usize = 1 << 20;
@@ -184,7 +183,7 @@ impl Shared {
 impl Outlet {
     fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
-            Outlet::Stdout => write_stdout(bytes).inspect_err(|error| match error.kind() {
+            Outlet::Stdout => stdout::write_all(bytes).inspect_err(|error| match error.kind() {
                 io::ErrorKind::BrokenPipe => {
                     tracing::debug!("console output has no reader any more");
                 }
@@ -200,27 +199,6 @@ impl Outlet {
             Outlet::Attachment(stream) => stream.write_all(bytes),
         }
     }
-}
-
-/// Writes everything. Standard output may be non-blocking, by no doing of ours.
-fn write_stdout(mut bytes: &[u8]) -> io::Result<()> {
-    let stdout = rustix::stdio::stdout();
-    while !bytes.is_empty() {
-        match rustix::io::write(stdout, bytes) {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(written) => bytes = &bytes[written..],
-            Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::AGAIN) => {
-                let mut ready = [PollFd::new(&stdout, PollFlags::OUT)];
-                match poll(&mut ready, None) {
-                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -3,7 +3,6 @@
 
 mod keyboard;
 mod orders;
-mod signals;
 mod wait;
 
 use std::sync::Arc;
@@ -22,11 +21,11 @@ use super::machine::{Loaded, Machine};
 use crate::config::{Lifecycle, OnReboot, Vm};
 use crate::control::messages::{Event, State};
 use crate::devices::serial::Serial;
+use crate::signals::{self, Signals};
 use crate::vm::console::ConsoleSink;
 use crate::vm::control::Answer;
 use crate::{Error, Result, terminal};
 use keyboard::Keyboard;
-use signals::Signals;
 
 /// How a machine's time ended.
 pub(super) enum End {
