@@ -128,19 +128,11 @@ impl Desk {
 
     fn write_ourselves(&self, offset: u64, len: u64, byte: u8) {
         let image = Image {
-            path: self.at("top.qcow2"),
-            ro: false,
-            sparse: true,
-            o_direct: false,
-            block_size: 512,
-            lock: true,
-            size: None,
             backing: match self.backing {
                 true => vec![self.at("base.raw")],
                 false => Vec::new(),
             },
-            format_written: true,
-            options: Vec::new(),
+            ..Image::new(self.at("top.qcow2"))
         };
         let ring = Ring::new(Engine::Auto).unwrap();
         let format = formats::find("qcow2").unwrap();

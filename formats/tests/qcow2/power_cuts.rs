@@ -1,5 +1,7 @@
 //! Power cuts at any time, in any way.
 
+use std::path::Path;
+
 use formats::conformance::{Cuts, Point, power_cuts, seeds};
 
 use super::directory;
@@ -9,6 +11,19 @@ const STATES: u64 = 500;
 
 fn again(seed: u64) -> String {
     format!("QCOW2_CUT={seed} cargo test -p formats --test qcow2 power_cuts")
+}
+
+/// Power cuts of our engine, of so many states a run.
+fn cuts(directory: &Path, states: u64) -> Cuts<'_> {
+    Cuts {
+        format: formats::find("qcow2").expect("the format `qcow2` is registered"),
+        directory,
+        admit: &Some,
+        again: &again,
+        sample: 4,
+        states,
+        barriers: true,
+    }
 }
 
 /// How many runs there are, and how many states of each.
@@ -23,15 +38,7 @@ fn a_power_cut_leaves_a_valid_image_and_all_that_was_flushed() {
     let directory = directory();
     let (runs, states) = extent();
     let seeds = seeds("QCOW2_CUT", "QCOW2_CUTS", runs).unwrap();
-    let cuts = Cuts {
-        format: formats::find("qcow2").expect("the format `qcow2` is registered"),
-        directory: directory.path(),
-        admit: &Some,
-        again: &again,
-        sample: 4,
-        states,
-        barriers: true,
-    };
+    let cuts = cuts(directory.path(), states);
     match power_cuts(&cuts, &seeds) {
         Ok((count, met)) if seeds.len() > 1 => {
             assert!(count >= states * runs, "{count} states");
@@ -76,15 +83,7 @@ fn a_power_cut_leaves_a_valid_image_and_all_that_was_flushed() {
 #[test]
 fn a_power_cut_after_every_single_event_leaves_a_valid_image() {
     let directory = directory();
-    let cuts = Cuts {
-        format: formats::find("qcow2").expect("the format `qcow2` is registered"),
-        directory: directory.path(),
-        admit: &Some,
-        again: &again,
-        sample: 4,
-        states: 0,
-        barriers: true,
-    };
+    let cuts = cuts(directory.path(), 0);
     // In the first one commits fall between the steps in which refcount blocks are made.
     if let Err(failures) = power_cuts(&cuts, &[12, 1001]) {
         panic!("{failures}\nleft in {}", directory.keep().display());
@@ -96,13 +95,8 @@ fn without_barriers_a_power_cut_does_harm_and_is_found_out() {
     let directory = directory();
     let (runs, states) = extent();
     let cuts = Cuts {
-        format: formats::find("qcow2").expect("the format `qcow2` is registered"),
-        directory: directory.path(),
-        admit: &Some,
-        again: &again,
-        sample: 4,
-        states,
         barriers: false,
+        ..cuts(directory.path(), states)
     };
     // A run of which nothing is found wrong was too short, or had nothing to lose.
     let seeds: Vec<_> = (1..=runs.min(20)).collect();

@@ -13,19 +13,25 @@ fn allocated(path: &Path) -> u64 {
     fs::metadata(path).unwrap().blocks() * 512
 }
 
+/// A new disk of 8 MiB, allocated in full, whose last sector is written.
+fn full(ring: &Ring, path: &Path) -> Box<dyn Disk> {
+    let full = Image {
+        sparse: false,
+        ..new_image(path, 8 * MIB, &[])
+    };
+    let disk = open(ring, "qcow2", &full).unwrap();
+    write(ring, &*disk, 8 * MIB - 512, &[7; 512]);
+    run(ring, disk.flush()).unwrap();
+    disk
+}
+
 #[test]
 fn a_growth_that_the_host_refuses_half_way_changes_nothing_the_guest_or_the_host_sees() {
     for allowed in 0..4 {
         let ring = Ring::new(Default::default()).unwrap();
         let directory = directory();
         let path = directory.path().join("a.qcow2");
-        let full = Image {
-            sparse: false,
-            ..new_image(&path, 8 * MIB, &[])
-        };
-        let disk = open(&ring, "qcow2", &full).unwrap();
-        write(&ring, &*disk, 8 * MIB - 512, &[7; 512]);
-        run(&ring, disk.flush()).unwrap();
+        let disk = full(&ring, &path);
         let before = allocated(&path);
 
         let seen = Cell::new(0);
@@ -63,13 +69,7 @@ fn a_growth_that_is_not_wanted_any_more_ends_early_and_changes_nothing() {
     let ring = Ring::new(Default::default()).unwrap();
     let directory = directory();
     let path = directory.path().join("a.qcow2");
-    let full = Image {
-        sparse: false,
-        ..new_image(&path, 8 * MIB, &[])
-    };
-    let disk = open(&ring, "qcow2", &full).unwrap();
-    write(&ring, &*disk, 8 * MIB - 512, &[7; 512]);
-    run(&ring, disk.flush()).unwrap();
+    let disk = full(&ring, &path);
     let before = allocated(&path);
     let unwanted = Arc::new(AtomicBool::new(false));
     ring.cancel_by(unwanted.clone());
