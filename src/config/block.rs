@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::hash::Hash;
 use std::path::{Path, PathBuf};
 
-use formats::OptionValue;
+use formats::{Image, OptionValue};
 
 use super::diagnostic::{Diagnostic, shortened};
 use super::image_format::{self, Written};
@@ -54,6 +54,24 @@ options! {
         format_written: bool,
         /// Options of the format's own table.
         options: Vec<(&'static str, OptionValue)>,
+    }
+}
+
+impl Block {
+    /// The image, and how its format opens it.
+    pub fn image(&self) -> Image {
+        Image {
+            path: self.path.clone(),
+            ro: self.ro,
+            sparse: self.sparse,
+            o_direct: self.o_direct,
+            block_size: self.block_size,
+            lock: self.lock,
+            size: self.size,
+            backing: self.backing.clone(),
+            format_written: self.format_written,
+            options: self.options.clone(),
+        }
     }
 }
 

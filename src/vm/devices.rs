@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use formats::{Engine, Image, OpenError};
+use formats::{Engine, OpenError};
 
 use super::machine::SharedDevice;
 use crate::config::{Block, Vm};
@@ -109,20 +109,8 @@ fn open_disk(block: &Block, engine: Engine) -> Result<Blk, OpenError> {
         help: Some("see `launcher formats`".into()),
         key: "format",
     })?;
-    let image = Image {
-        path: block.path.clone(),
-        ro: block.ro,
-        sparse: block.sparse,
-        o_direct: block.o_direct,
-        block_size: block.block_size,
-        lock: block.lock,
-        size: block.size,
-        backing: block.backing.clone(),
-        format_written: block.format_written,
-        options: block.options.clone(),
-    };
     Blk::open(BlkOptions {
-        image,
+        image: block.image(),
         format,
         ephemeral: block.ephemeral,
         id: block.id.clone(),

@@ -14,16 +14,8 @@ use crate::{Error, Result};
 /// An image as a VM's file describes it, of whatever size it is.
 pub(super) fn image(block: &Block) -> Image {
     Image {
-        path: block.path.clone(),
-        ro: block.ro,
-        sparse: block.sparse,
-        o_direct: block.o_direct,
-        block_size: block.block_size,
-        lock: block.lock,
         size: None,
-        backing: block.backing.clone(),
-        format_written: block.format_written,
-        options: block.options.clone(),
+        ..block.image()
     }
 }
 
