@@ -67,3 +67,8 @@ pub use host_file::{HostFile, Transfer, create_file, sniff};
 pub use ring::{Attempt, Effect, Fault, FileId, Recorder, Step, What};
 pub use ring::{Engine, File, Operation, Progress, Ring, Whole};
 pub use segments::Segments;
+
+/// The guide to formats of one's own: its example is run as it stands there.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/write-a-format.md")]
+struct Guide;

@@ -6,6 +6,7 @@
 mod content;
 mod cuts;
 mod differential;
+mod first_steps;
 mod history;
 mod model;
 mod point;
@@ -18,6 +19,7 @@ pub use crate::random::Random;
 pub use content::{Content, SECTOR, Value};
 pub use cuts::{Cuts, power_cuts, read};
 pub use differential::{Suite, differential, seeds};
+pub use first_steps::first_steps;
 pub use point::{Backing, DataFile, Fit, Point};
 pub use recording::{Cut, Recording};
 pub use scene::Scene;
