@@ -3,10 +3,12 @@
 //! The arrows run one way: `cli` → `control`, `vm` → `devices` → the crate `formats`; `config` is plain
 //! data, named by `cli` and `vm`.
 
+mod cache;
 pub mod cli;
 pub mod config;
 pub mod control;
 pub mod devices;
+pub mod digest;
 mod error;
 pub mod exit;
 pub mod messages;

@@ -1,4 +1,5 @@
-//! What the user sees while a disk is allocated, checked or converted.
+//! What the user sees while a disk is allocated, checked or converted, or a file is
+//! read for its digest.
 
 use std::cell::OnceCell;
 use std::io::{self, IsTerminal, Write};
@@ -38,6 +39,11 @@ pub(crate) fn verifying() -> impl Fn(&Progress<'_>) {
     shown(&VERIFYING)
 }
 
+/// As [`hook`], for the digest of a file.
+pub(crate) fn hashing() -> impl Fn(&Progress<'_>) {
+    shown(&HASHING)
+}
+
 /// What takes long.
 struct Task {
     /// For [`ProgressStyle`].
@@ -72,6 +78,11 @@ static CONVERTING: Task = Task {
 static VERIFYING: Task = Task {
     style: "verifying {prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}{msg}",
     line: |progress| format!("launcher: verifying {}", name(progress.path)),
+};
+
+static HASHING: Task = Task {
+    style: "computing the digest of {prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}{msg}",
+    line: |progress| format!("launcher: computing the digest of {}", name(progress.path)),
 };
 
 fn tables(task: &'static Task, path: &Path) -> impl FnMut(u64, u64) {
