@@ -11,7 +11,7 @@ use std::fs;
 use std::path::Path;
 
 use formats::Format;
-use launcher::config::{Absent, KEYS, Key, Takes, expects};
+use launcher::config::{Absent, HostFile, KEYS, Key, Takes, expects};
 
 /// What stands above the tables.
 const HEAD: &str = "\
@@ -46,6 +46,10 @@ fn table(heading: &str, keys: &[Key], page: &mut String) {
             Takes::Value(words) => cell(words),
             Takes::Table(_) => "a table, below".to_owned(),
             Takes::Tables(_) => "any number of tables, below".to_owned(),
+            Takes::File(_) => "a path, or a table of a host file, below".to_owned(),
+            Takes::Files(_) => {
+                "a path, a table of a host file, below, or an array of them".to_owned()
+            }
         };
         let (name, default, doc) = (key.spelled(), default(key.absent), cell(key.doc));
         *page += &format!("| `{name}` | {takes} | {default} | {doc} |\n");
@@ -54,6 +58,14 @@ fn table(heading: &str, keys: &[Key], page: &mut String) {
         table(&format!("`{}`", key.spelled()), key.keys(), page);
     }
 }
+
+/// What stands above the keys of a file of the host.
+const HOST_FILE: &str = "
+Where a path stands for a file that a VM reads, a table can say more of it, such as
+`kernel = { path = \"vmlinuz\", sha256 = \"…\" }`. `[[block]]` has `sha256`, `url` and `build` of its
+own, beside `path`. `launcher up` fetches or builds what is not there, and `launcher prepare` does
+so ahead of it; no other command does.
+";
 
 /// The disk formats, and the options of each.
 fn of_formats(formats: &[&Format], page: &mut String) {
@@ -92,6 +104,9 @@ fn of_formats(formats: &[&Format], page: &mut String) {
 fn the_reference_says_what_the_code_says() {
     let mut page = HEAD.to_owned();
     table("The top of the file", KEYS, &mut page);
+    let mut host_file = String::new();
+    table("A file of the host", HostFile::KEYS, &mut host_file);
+    page += &host_file.replacen("\n\n", &format!("\n{HOST_FILE}\n"), 1);
     // The page is that of the default build, whatever this one is.
     let mut formats = formats::formats().unwrap();
     formats.retain(|format| format.name != "qcow2-rs");

@@ -9,18 +9,20 @@ use std::path::{Path, PathBuf};
 use formats::{Image, OptionValue};
 
 use super::diagnostic::{Diagnostic, shortened};
+use super::host_file::{self, HostFile, Origin};
 use super::image_format::{self, Written};
-use super::kinds::{BlockSize, DiskSize, FilePath, Id, Queues, Word};
-use super::options::{Given, Key, Table, default, derived, list, optional, options, required};
+use super::kinds::{Argument, BlockSize, DiskSize, FilePath, Id, Queues, Sha256, Url, Word};
+use super::options::{Given, Key, Table, default, derived, files, list, optional, options};
 use super::section::{Context, Section};
+use crate::digest::Digest;
 
 options! {
     /// A disk.
     pub struct Block, read as GivenBlock {
         /// The image: a file or a host block device.
-        path: PathBuf = required::<FilePath>("\"disk.img\""),
+        path: PathBuf = derived::<FilePath>("must be written, or `url`"),
         /// Format of the image; `launcher formats` lists them. It is never guessed from content.
-        format: String = derived::<Word>("the one that `path`'s extension stands for"),
+        format: String = derived::<Word>("the one that the extension of `path` or `url` stands for"),
         /// Read-only.
         ro: bool = default::<bool>("false"),
         /// The guest's root file system: adds `root=/dev/vdX ro|rw` to the kernel parameters.
@@ -44,12 +46,22 @@ options! {
         /// Backing file of the image, or its chain of them in order. One that the image's header
         /// names is opened only if it is named here too; an image that is created becomes an
         /// overlay over the first. They are never written.
-        backing: Vec<PathBuf> = list::<FilePath>("none"),
+        backing: Vec<HostFile> = files("none"),
         /// The image is never written: changes go to a temporary file beside it that has no name,
         /// and vanish at exit. A larger `size` is then that of the disk, not of the image.
         ephemeral: bool = default::<bool>("false"),
+        /// SHA-256 of the image: one that differs is not used. Only where the guest does not
+        /// write it, with `ro` or `ephemeral`.
+        sha256: Option<Digest> = optional::<Sha256>("any content will do"),
+        /// Where the image is fetched from, once, if the cache has not got it; as `url` of a host
+        /// file.
+        url: Option<String> = optional::<Url>("it is not fetched"),
+        /// Command that makes the image if it is not there; as `build` of a host file.
+        build: Vec<String> = list::<Argument>("it is not built"),
     }
     computed {
+        /// The folder of the TOML file that names the image.
+        folder: PathBuf,
         /// Whether `format` was written out.
         format_written: bool,
         /// Options of the format's own table.
@@ -68,9 +80,22 @@ impl Block {
             block_size: self.block_size,
             lock: self.lock,
             size: self.size,
-            backing: self.backing.clone(),
+            backing: self.backing.iter().map(|file| file.path.clone()).collect(),
             format_written: self.format_written,
             options: self.options.clone(),
+        }
+    }
+}
+
+impl Block {
+    /// The image as a file of the host.
+    pub fn file(&self) -> HostFile {
+        HostFile {
+            path: self.path.clone(),
+            sha256: self.sha256,
+            url: self.url.clone(),
+            build: self.build.clone(),
+            folder: self.folder.clone(),
         }
     }
 }
@@ -83,7 +108,7 @@ impl Table for Block {
     }
 
     fn from_sections(mut sections: Vec<Section<'_>>) -> Option<Vec<Self>> {
-        let given = sections.iter_mut().map(GivenBlock::read);
+        let given = sections.iter_mut().map(GivenBlock::placed);
         let given: Vec<_> = given.collect();
         if let Some(section) = sections.first() {
             relations(section.cx, &given);
@@ -152,6 +177,51 @@ fn twice<'a, T, U: Hash + Eq>(
 }
 
 impl GivenBlock {
+    /// Reads a disk whose image has its place.
+    fn placed(section: &mut Section<'_>) -> Self {
+        let mut given = GivenBlock::read(section);
+        if given.origin().is_nowhere() {
+            section.missing("path", "\"disk.img\"");
+        }
+        given.digest_is_of_what_stays(section.cx);
+        given.origin().locate(section.cx);
+        given
+    }
+
+    fn origin(&mut self) -> Origin<'_> {
+        Origin {
+            path: &mut self.path,
+            sha256: &self.sha256,
+            url: &self.url,
+            build: &self.build,
+        }
+    }
+
+    /// What the guest writes has no digest for long.
+    fn digest_is_of_what_stays(&self, cx: &Context<'_>) {
+        let (key, at) = match (&self.sha256.at, &self.url.at) {
+            (at @ Some(_), _) => ("sha256", at),
+            (None, at @ Some(_)) => ("url", at),
+            (None, None) => return,
+        };
+        if (self.ro.value, self.ephemeral.value) != (Some(false), Some(false)) {
+            return;
+        }
+        let title = format!("`{key}` is given on a disk that the guest writes, expected none");
+        let mut wrong = Diagnostic::value(at.clone(), title);
+        for other in [&self.ro, &self.ephemeral] {
+            wrong = wrong.related(other.at.clone(), "and this");
+        }
+        let help = match key {
+            "url" => {
+                "what is fetched is shared: add `ephemeral = true` or `ro = true`, or give it \
+                      to `backing` of an overlay"
+            }
+            _ => "the guest changes it: add `ephemeral = true` or `ro = true`, or remove `sha256`",
+        };
+        cx.report(wrong.help(help.to_owned()));
+    }
+
     /// The image, if the guest's writes reach it.
     fn writable(&self) -> Option<&Path> {
         let path = self.path.value.as_deref();
@@ -167,6 +237,10 @@ impl GivenBlock {
         let format = image_format::resolve(
             cx,
             &Written {
+                key: match self.url.at {
+                    Some(_) => "url",
+                    None => "path",
+                },
                 path: &self.path,
                 format: &self.format,
                 sparse: &self.sparse,
@@ -189,7 +263,7 @@ impl GivenBlock {
         section.unknown_of(&names, &spelled);
         let written = self.format.at.is_some();
         self.format.value = Some(format?.name.to_owned());
-        self.finish(written, tables?)
+        self.finish(host_file::folder(cx), written, tables?)
     }
 
     /// Nothing of an ephemeral disk is worth while that is not written, or allocated ahead.

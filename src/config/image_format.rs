@@ -20,12 +20,14 @@ pub(super) fn is_raw(name: &str) -> bool {
 
 /// The options that a format follows from.
 pub(super) struct Written<'a> {
+    /// The key that says where the image is: `path` or `url`.
+    pub(super) key: &'static str,
     pub(super) path: &'a Given<PathBuf>,
     pub(super) format: &'a Given<String>,
     pub(super) sparse: &'a Given<bool>,
 }
 
-/// A format, and where that is written: at `format`, or else at `path`.
+/// A format, and where that is written: at `format`, or else at `path` or `url`.
 pub(super) struct Resolved {
     pub(super) name: &'static str,
     pub(super) at: Option<std::ops::Range<usize>>,
@@ -94,16 +96,17 @@ fn by_extension(cx: &Context<'_>, path: &Path, written: &Written<'_>) -> Option<
     }
     let names: Vec<_> = cx.formats.iter().map(|format| format.name).collect();
     let raw = raw_for(false);
+    let key = written.key;
     let (title, help) = match shortened(&extension.to_string_lossy()) {
         none if none.is_empty() => (
-            "`path` has no extension that tells the format".to_owned(),
+            format!("`{key}` has no extension that tells the format"),
             format!(
                 "add a line such as `format = \"{raw}\"`: {}",
                 one_of(&names)
             ),
         ),
         extension => (
-            format!("`path` ends in \".{extension}\", the extension of no format"),
+            format!("`{key}` ends in \".{extension}\", the extension of no format"),
             format!("add a line `format = \"...\"` with {}", one_of(&names)),
         ),
     };

@@ -3,10 +3,13 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use http::Uri;
+use http::uri::Authority;
 use serde::Deserialize;
 
 use super::section::Context;
 use super::value::{Leaf, Listed, Scalar, Wrong, leaf, whole};
+use crate::digest::{Digest, NotADigest};
 
 whole! {
     /// Number of vCPUs: APIC identifiers are 8 bits wide, 255 addresses all.
@@ -159,6 +162,75 @@ leaf! {
     }
 }
 
+leaf! {
+    /// What is in a file.
+    Sha256(Digest): "a SHA-256 digest of 64 hex digits", |scalar| {
+        scalar.text()?.parse().map_err(|wrong| match wrong {
+            NotADigest::Length(length) => format!("it has {length} characters").into(),
+            NotADigest::Character(c) => format!("{c:?} is no hex digit").into(),
+        })
+    }
+}
+
+leaf! {
+    /// Where a file is fetched from.
+    Url(String): "an http or https URL that ends in the name of a file", |scalar| {
+        let url = scalar.text()?;
+        let (scheme, rest) = match url.split_once("://") {
+            Some((scheme @ ("http" | "https"), rest)) => (scheme, rest),
+            Some((scheme, _)) => return Err(format!("nothing is fetched by `{scheme}`").into()),
+            None => return Err(Wrong::default()),
+        };
+        let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
+        if host.contains('@') {
+            return Err("leave out user and password: whoever reads this file reads them".into());
+        }
+        if let Some(bad) = url.chars().find(|c| !c.is_ascii_graphic()) {
+            return Err(format!("{bad:?} is not allowed: write it as %XX").into());
+        }
+        if url.contains('#') {
+            return Err("leave out what follows `#`: no server is sent it".into());
+        }
+        let is_host = |host: &Authority| {
+            host.port().is_some() || host.host().len() == host.as_str().len()
+        };
+        let parsed = url.parse::<Uri>();
+        if !parsed.is_ok_and(|uri| uri.authority().is_some_and(is_host)) {
+            return Err(format!("this is no {scheme} URL").into());
+        }
+        match last_part(&url) {
+            Some(_) => Ok(url),
+            None => Err(Wrong::default()),
+        }
+    }
+}
+
+/// The last part of a URL's path, if it can be the name of a file.
+pub(super) fn last_part(url: &str) -> Option<&str> {
+    /// Other names are made of it, and a file system takes 255 bytes.
+    const LONGEST: usize = 200;
+    let path = url.split(['?', '#']).next()?;
+    let (_, path) = path.split_once("://")?;
+    let (_, name) = path.rsplit_once('/')?;
+    let good = !["", ".", ".."].contains(&name) && name.len() <= LONGEST;
+    good.then_some(name)
+}
+
+leaf! {
+    /// A word of a command.
+    Argument(String): "a text without NUL", |scalar| {
+        let text = scalar.text()?;
+        match text.contains('\0') {
+            true => Err(Wrong::default()),
+            false => Ok(text),
+        }
+    }
+}
+
+impl Listed for Argument {
+    const ONE_OR_MORE: &'static str = "a command: an array of texts, or one text";
+}
+
 /// A path, relative to the folder of the file that wrote it.
 #[derive(Deserialize)]
 #[serde(try_from = "Scalar")]
@@ -191,8 +263,4 @@ impl Leaf for FilePath {
             }),
         }
     }
-}
-
-impl Listed for FilePath {
-    const ONE_OR_MORE: &'static str = "a path or an array of paths";
 }

@@ -6,6 +6,7 @@
 mod block;
 mod diagnostic;
 mod file;
+mod host_file;
 mod image_format;
 mod kinds;
 mod lines;
@@ -27,6 +28,7 @@ use formats::Format;
 
 pub use self::block::Block;
 use self::diagnostic::Diagnostic;
+pub use self::host_file::HostFile;
 pub use self::image_format::expects;
 pub(crate) use self::kinds::span_parts;
 use self::lines::Lines;
@@ -48,9 +50,11 @@ pub fn load(file: &Path) -> Result<Vm> {
     let bytes = file::read(file)?;
     let formats = formats::formats()?;
     let home = std::env::home_dir();
+    let cache = crate::cache::folder("files");
     let source = Source {
         file,
         home: home.as_deref(),
+        cache: cache.as_deref(),
         formats: &formats,
     };
     parse(&bytes, &source, &renderer()).map_err(Error::rendered)
@@ -60,6 +64,7 @@ pub fn load(file: &Path) -> Result<Vm> {
 struct Source<'a> {
     file: &'a Path,
     home: Option<&'a Path>,
+    cache: Option<&'a Path>,
     formats: &'a [&'static Format],
 }
 
@@ -84,6 +89,7 @@ fn parse(bytes: &[u8], source: &Source<'_>, renderer: &Renderer) -> Result<Vm, S
         file: source.file,
         text: &text,
         home: source.home,
+        cache: source.cache,
         formats: source.formats,
         diagnostics: RefCell::default(),
     };
@@ -144,6 +150,7 @@ pub mod fuzzing {
         let source = Source {
             file: Path::new("/vm/vm.toml"),
             home: Some(Path::new("/home")),
+            cache: Some(Path::new("/home/.cache/launcher/files")),
             formats: &formats,
         };
         super::parse(bytes, &source, &Renderer::plain()).map_err(Error::rendered)

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use super::host_file::{self, HostFile};
 use super::section::{self, Section};
 use super::value::{Leaf, Listed};
 
@@ -28,6 +29,10 @@ pub enum Takes {
     Table(&'static [Key]),
     /// A list of tables with these keys.
     Tables(&'static [Key]),
+    /// A path, or a table with these keys: [`super::HostFile`].
+    File(&'static [Key]),
+    /// A [`Takes::File`] or an array of them.
+    Files(&'static [Key]),
 }
 
 /// What holds if a key is not written.
@@ -45,16 +50,16 @@ impl Key {
     /// The key as it is spelled in the file: `name`, `[boot]`, `[[block]]`.
     pub fn spelled(&self) -> String {
         match self.takes {
-            Takes::Value(_) => self.name.to_owned(),
+            Takes::Value(_) | Takes::File(_) | Takes::Files(_) => self.name.to_owned(),
             Takes::Table(_) => format!("[{}]", self.name),
             Takes::Tables(_) => format!("[[{}]]", self.name),
         }
     }
 
-    /// The keys of its table, if it takes one.
+    /// The keys of its table, if it takes one and nothing else.
     pub fn keys(&self) -> &'static [Key] {
         match self.takes {
-            Takes::Value(_) => &[],
+            Takes::Value(_) | Takes::File(_) | Takes::Files(_) => &[],
             Takes::Table(keys) | Takes::Tables(keys) => keys,
         }
     }
@@ -104,15 +109,6 @@ impl<T> Spec<T> {
     }
 }
 
-/// A value that must be written; `example` is one, as TOML.
-pub(super) const fn required<L: Leaf>(example: &'static str) -> Spec<L::Plain> {
-    Spec {
-        takes: Takes::Value(L::EXPECTS),
-        absent: Absent::Error(example),
-        read: section::value::<L>,
-    }
-}
-
 /// A value with a default, written as TOML.
 pub(super) const fn default<L: Leaf>(literal: &'static str) -> Spec<L::Plain> {
     Spec {
@@ -146,6 +142,33 @@ pub(super) const fn list<L: Listed>(words: &'static str) -> Spec<Vec<L::Plain>> 
         takes: Takes::Value(L::ONE_OR_MORE),
         absent: Absent::Words(words),
         read: section::list::<L>,
+    }
+}
+
+/// A file of the host that must be named; `example` is a value, as TOML.
+pub(super) const fn file(example: &'static str) -> Spec<HostFile> {
+    Spec {
+        takes: Takes::File(HostFile::KEYS),
+        absent: Absent::Error(example),
+        read: host_file::required,
+    }
+}
+
+/// A file of the host that may be left out: `words` say what that means.
+pub(super) const fn optional_file(words: &'static str) -> Spec<Option<HostFile>> {
+    Spec {
+        takes: Takes::File(HostFile::KEYS),
+        absent: Absent::Words(words),
+        read: host_file::left_out,
+    }
+}
+
+/// One file of the host or an array of them, which may be left out: `words` say what that means.
+pub(super) const fn files(words: &'static str) -> Spec<Vec<HostFile>> {
+    Spec {
+        takes: Takes::Files(HostFile::KEYS),
+        absent: Absent::Words(words),
+        read: host_file::several,
     }
 }
 
@@ -184,7 +207,8 @@ pub(super) trait Table: Sized {
 }
 
 /// Declares a table of options. Each field names its type, then how it is read: a call of
-/// [`required`], [`default`], [`derived`], [`optional`], [`list`], [`table`] or [`tables`]. Makes
+/// [`default`], [`derived`], [`optional`], [`list`], [`file`], [`optional_file`], [`files`],
+/// [`table`] or [`tables`]. Makes
 ///
 /// - the struct, plain data;
 /// - `KEYS`, which describes the options, with the fields' documentation;

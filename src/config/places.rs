@@ -45,26 +45,28 @@ impl Places {
         diagnostic::render(&self.file, &lines, vec![diagnostic], 0, renderer)
     }
 
-    /// Where the value of a key is. What stands for a key that is not written is the disk's
-    /// `path`, or else the table that it would be in.
+    /// Where the value of a key is. What stands for a key that is not written is the `path` or
+    /// `url` beside it, or else the table or text that it would be in.
     fn find(&self, key: &str) -> Option<Range<usize>> {
         let (root, _) = DeTable::parse_recoverable(&self.text);
         let (parents, key) = key.rsplit_once('.').unwrap_or(("", key));
         let mut header = None;
         let mut table = root.get_ref();
-        let mut list: &[Spanned<DeValue<'_>>] = &[];
+        let mut list: Option<&[Spanned<DeValue<'_>>]> = None;
         for name in parents.split_terminator('.') {
-            let value = match name.parse::<usize>() {
-                Ok(index) => list.get(index),
-                Err(_) => table.get(name),
+            let value = match (list.take(), name.parse::<usize>()) {
+                (Some(list), Ok(index)) => list.get(index),
+                // One table stands for a list of one.
+                (None, Ok(0)) => continue,
+                _ => table.get(name),
             };
             match value?.get_ref() {
                 DeValue::Table(inner) => {
                     header = Some(value?.span());
                     table = inner;
                 }
-                DeValue::Array(values) => list = values,
-                _ => return header,
+                DeValue::Array(values) => list = Some(values),
+                _ => return Some(value?.span()),
             }
         }
         // An option of a format stands in the format's own table.
@@ -73,10 +75,15 @@ impl Places {
             _ => None,
         };
         let written = |key| table.get(key).map(Spanned::span);
-        let in_own = || table.iter().find_map(|(_, value)| own(value));
+        let of_format = |key: &str| !["kernel", "initrd", "backing"].contains(&key);
+        let in_own = || {
+            let mut tables = table.iter().filter(|(key, _)| of_format(key.get_ref()));
+            tables.find_map(|(_, value)| own(value))
+        };
         written(key)
             .or_else(|| in_own().filter(|_| !parents.is_empty()))
             .or_else(|| written("path"))
+            .or_else(|| written("url"))
             .or(header)
     }
 }
@@ -124,6 +131,31 @@ mod tests {
     #[test]
     fn the_header_stands_for_a_key_of_a_table_that_is_not_written() {
         assert_eq!(found("lifecycle.on_reboot"), Some("[lifecycle]"));
+    }
+
+    #[test]
+    fn a_key_of_a_file_is_found_in_its_table_or_at_its_path() {
+        const TEXT: &str = "boot.kernel = { url = 'u', sha256 = 's' }\nboot.initrd = 'i'\n\
+                            [[block]]\nurl = 'v'\nbacking = ['a', { path = 'b', sha256 = 't' }]\n\
+                            [[block]]\npath = 'c'\nbacking = { path = 'd', sha256 = 'w' }\n";
+        let places = Places::new(Path::new("vm.toml"), TEXT);
+        for (key, expected) in [
+            ("boot.kernel.sha256", "'s'"),
+            ("boot.kernel.path", "'u'"),
+            ("boot.initrd.path", "'i'"),
+            ("block.0.path", "'v'"),
+            ("block.0.sha256", "'v'"),
+            ("block.0.backing.0.path", "'a'"),
+            ("block.0.backing.1.sha256", "'t'"),
+            ("block.1.backing.0.sha256", "'w'"),
+            ("block.1.backing.0.url", "'d'"),
+        ] {
+            assert_eq!(
+                places.find(key).map(|at| &TEXT[at]),
+                Some(expected),
+                "{key}"
+            );
+        }
     }
 
     #[test]

@@ -16,7 +16,7 @@ use super::nearest::nearest;
 use super::options::Key;
 use super::value::HINT;
 
-pub(super) use self::read::{leaf, list, optional, table, tables, value};
+pub(super) use self::read::{array, expecting, leaf, list, optional, table, tables, value};
 
 /// What reading one file needs and finds.
 pub(super) struct Context<'t> {
@@ -26,6 +26,8 @@ pub(super) struct Context<'t> {
     pub(super) text: &'t str,
     /// What a leading `~/` stands for.
     pub(super) home: Option<&'t Path>,
+    /// The folder of files that were fetched.
+    pub(super) cache: Option<&'t Path>,
     /// The disk image formats, sorted by name.
     pub(super) formats: &'t [&'static Format],
     /// What is wrong.
@@ -108,7 +110,12 @@ impl<'t> Section<'t> {
     }
 
     /// A table found under `key` of this one, or an error that names `expected`.
-    fn open(&self, key: &str, expected: &str, value: Spanned<DeValue<'t>>) -> Option<Section<'t>> {
+    pub(super) fn open(
+        &self,
+        key: &str,
+        expected: &str,
+        value: Spanned<DeValue<'t>>,
+    ) -> Option<Section<'t>> {
         let at = value.span();
         let shown = self.cx.shown(&value);
         match value.into_inner() {
@@ -146,6 +153,24 @@ impl<'t> Section<'t> {
         self.open(key, header, value)
     }
 
+    /// Whether a key is written that no option has taken.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.table.contains_key(key)
+    }
+
+    /// Its header as one writes it; empty for the top of the file.
+    pub(super) fn header(&self) -> &str {
+        &self.name
+    }
+
+    /// The header of a table under `key` of this one.
+    pub(super) fn below(&self, key: &str) -> String {
+        match self.name.trim_matches(['[', ']']) {
+            "" => format!("[{key}]"),
+            name => format!("[{name}.{key}]"),
+        }
+    }
+
     /// Where its header is.
     pub(super) fn at(&self) -> Option<Range<usize>> {
         self.at.clone()
@@ -181,7 +206,8 @@ impl<'t> Section<'t> {
         }
     }
 
-    fn missing(&self, key: &str, example: &str) {
+    /// Reports a key that must be written; `example` is a value, as TOML.
+    pub(super) fn missing(&self, key: &str, example: &str) {
         let (name, add) = (&self.name, format!("`{key} = {example}`"));
         let title = format!("`{key}` is missing, `{name}` needs it");
         let help = match self.at {

@@ -2,6 +2,7 @@
 
 mod backing;
 mod blocks;
+mod host_files;
 mod hostile;
 mod messages;
 mod values;
@@ -91,6 +92,7 @@ fn source() -> Source<'static> {
     Source {
         file: Path::new("vms/vm.toml"),
         home: Some(Path::new("/home/ada")),
+        cache: Some(Path::new("/cache/files")),
         formats: &FORMATS,
     }
 }
@@ -131,8 +133,8 @@ fn every_default_is_a_value_its_option_takes() {
     let vm = booting("[[block]]\npath = \"a.img\"");
     assert_eq!(vm.file, Path::new("vms/vm.toml"));
     assert_eq!((vm.name.as_str(), vm.cpus, vm.memory), ("vm", 1, 512 << 20));
-    assert_eq!(vm.boot.kernel, Path::new("vms/vmlinuz"));
-    assert_eq!((vm.boot.initrd, vm.boot.cmdline), (None, String::new()));
+    assert_eq!(vm.boot.kernel.path, Path::new("vms/vmlinuz"));
+    assert!(vm.boot.initrd.is_none() && vm.boot.cmdline.is_empty());
     assert_eq!(
         (vm.console.mode, vm.console.log),
         (ConsoleMode::Stdio, None)
@@ -195,7 +197,7 @@ stop_timeout = "500ms"
         (vm.name.as_str(), vm.cpus, vm.memory),
         ("web-1", 254, 3 << 30)
     );
-    assert_eq!(vm.boot.initrd.as_deref(), Some(Path::new("vms/i")));
+    assert_eq!(vm.boot.initrd.unwrap().path, Path::new("vms/i"));
     assert_eq!(vm.boot.cmdline, "quiet");
     assert_eq!(vm.console.mode, ConsoleMode::Off);
     assert_eq!(
@@ -214,7 +216,7 @@ stop_timeout = "500ms"
         (Some("ROOT"), Some(8 << 30))
     );
     assert_eq!(
-        disk.backing,
+        disk.image().backing,
         [Path::new("vms/c.qcow2"), Path::new("/home/ada/base.img")]
     );
     let word = formats::OptionValue::Word("zstd".into());
@@ -242,7 +244,7 @@ fn every_key_is_described() {
             })
             .sum()
     }
-    assert_eq!(described(KEYS), 7 + 3 + 13 + 3 + 2);
+    assert_eq!(described(KEYS), 7 + 3 + 16 + 3 + 2);
     let memory = KEYS.iter().find(|key| key.name == "memory").unwrap();
     assert!(matches!(memory.absent, Absent::Value("\"512MiB\"")));
     assert!(matches!(memory.takes, Takes::Value(words) if words.contains("4KiB")));

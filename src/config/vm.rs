@@ -9,8 +9,11 @@ use toml::de::DeValue;
 
 use super::block::Block;
 use super::diagnostic::Diagnostic;
+use super::host_file::HostFile;
 use super::kinds::{Cmdline, Cpus, FilePath, Memory, Name, Ready, Span};
-use super::options::{Table, default, derived, optional, options, required, table, tables};
+use super::options::{
+    Table, default, derived, file, optional, optional_file, options, table, tables,
+};
 use super::places::Places;
 use super::section::Section;
 use super::value::{Leaf, words};
@@ -97,9 +100,9 @@ options! {
     /// What to boot.
     pub struct Boot, read as GivenBoot {
         /// The kernel: a bzImage, or an ELF vmlinux with a PVH note.
-        kernel: PathBuf = required::<FilePath>("\"vmlinuz\""),
+        kernel: HostFile = file("\"vmlinuz\""),
         /// Initial RAM disk.
-        initrd: Option<PathBuf> = optional::<FilePath>("none"),
+        initrd: Option<HostFile> = optional_file("none"),
         /// Kernel parameters, appended to those that launcher generates (`console=`, `root=`);
         /// the kernel takes the last where two differ.
         cmdline: String = default::<Cmdline>("\"\""),

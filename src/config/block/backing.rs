@@ -12,7 +12,7 @@ use crate::config::section::Context;
 /// The backing files of a disk, each with its place.
 fn files(block: &GivenBlock) -> impl Iterator<Item = (&Path, &Range<usize>)> {
     let given = block.backing.value.iter().flatten();
-    given.map(|path| &**path).zip(&block.backing.entries)
+    given.map(|file| &*file.path).zip(&block.backing.entries)
 }
 
 fn shown(path: &Path) -> String {

@@ -61,6 +61,18 @@ pub(in crate::config) fn list<L: Listed>(
     key: &'static str,
     _absent: Absent,
 ) -> Given<Vec<L::Plain>> {
+    array(section, key, |section, index, value| match index {
+        None => expecting::<L>(section.cx, key, value, L::ONE_OR_MORE),
+        Some(index) => leaf::<L>(section.cx, &format!("{key}[{index}]"), value),
+    })
+}
+
+/// Reads one value or an array of them: `read` is told its index in the array.
+pub(in crate::config) fn array<'t, T>(
+    section: &mut Section<'t>,
+    key: &str,
+    read: impl Fn(&Section<'t>, Option<usize>, Spanned<DeValue<'t>>) -> Given<T>,
+) -> Given<Vec<T>> {
     let Some(value) = section.take(key) else {
         return Given {
             value: Some(Vec::new()),
@@ -70,16 +82,10 @@ pub(in crate::config) fn list<L: Listed>(
     let at = value.span();
     let given: Vec<_> = match value.into_inner() {
         DeValue::Array(array) => {
-            let entry = |(index, value)| {
-                let key = format!("{key}[{index}]");
-                leaf::<L>(section.cx, &key, value)
-            };
+            let entry = |(index, value)| read(section, Some(index), value);
             array.into_iter().enumerate().map(entry).collect()
         }
-        one => {
-            let one = Spanned::new(at.clone(), one);
-            vec![expecting::<L>(section.cx, key, one, L::ONE_OR_MORE)]
-        }
+        one => vec![read(section, None, Spanned::new(at.clone(), one))],
     };
     Given {
         at: Some(at),
@@ -98,7 +104,8 @@ pub(in crate::config) fn leaf<L: Leaf>(
     expecting::<L>(cx, key, value, L::EXPECTS)
 }
 
-fn expecting<L: Leaf>(
+/// As [`leaf`], for an option that takes more than one kind of values.
+pub(in crate::config) fn expecting<L: Leaf>(
     cx: &Context<'_>,
     key: &str,
     value: Spanned<DeValue<'_>>,

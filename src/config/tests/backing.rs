@@ -8,7 +8,7 @@ use super::*;
 fn a_backing_file_is_one_path_or_a_chain_of_them_in_order() {
     let backing = |value: &str| {
         let text = format!("[[block]]\npath = 'a.qcow2'\nbacking = {value}");
-        disks(&text).remove(0).backing
+        disks(&text).remove(0).image().backing
     };
     assert_eq!(backing("'base.img'"), [Path::new("vms/base.img")]);
     assert_eq!(backing("'~/base.img'"), [Path::new("/home/ada/base.img")]);
@@ -33,7 +33,7 @@ fn many_disks_may_share_a_backing_file_that_no_disk_writes() {
             _ => format!("[[block]]\npath = 'base.img'\n{reader}"),
         };
         let disks = disks(&(overlays.clone() + &base));
-        assert_eq!(disks[0].backing, disks[1].backing);
+        assert_eq!(disks[0].image().backing, disks[1].image().backing);
     }
 }
 
@@ -49,31 +49,31 @@ fn a_backing_file_of_a_wrong_kind_is_shown_where_it_is() {
          path = 'b.qcow2'\nbacking = ''\n[[block]]\npath = 'c.qcow2'\nbacking = [\n    'd.img',\n    \
          7,\n    '',\n    ['e.img'],\n]\n",
         r#"
-error: `backing` is true, expected a path or an array of paths
+error: `backing` is true, expected a path, a table with `path` or `url`, or an array of them
  --> vms/vm.toml:4:11
   |
 4 | backing = true
   |           ^^^^
 
-error: `backing` is '', expected a path or an array of paths
+error: `backing` is '', expected a path, a table with `path` or `url`, or an array of them
  --> vms/vm.toml:7:11
   |
 7 | backing = ''
   |           ^^
 
-error: `backing[1]` is 7, expected a path
+error: `backing[1]` is 7, expected a path, or a table with `path` or `url`
   --> vms/vm.toml:12:5
    |
 12 |     7,
    |     ^
 
-error: `backing[2]` is '', expected a path
+error: `backing[2]` is '', expected a path, or a table with `path` or `url`
   --> vms/vm.toml:13:5
    |
 13 |     '',
    |     ^^
 
-error: `backing[3]` is an array, expected a path
+error: `backing[3]` is an array, expected a path, or a table with `path` or `url`
   --> vms/vm.toml:14:5
    |
 14 |     ['e.img'],

@@ -96,7 +96,7 @@ fn the_name_defaults_to_the_stem_of_the_file_which_must_be_one() {
 
 #[test]
 fn paths_are_relative_to_the_folder_of_the_file() {
-    let kernel = |path: &str| vm(&format!("[boot]\nkernel = '{path}'")).boot.kernel;
+    let kernel = |path: &str| vm(&format!("[boot]\nkernel = '{path}'")).boot.kernel.path;
     assert_eq!(kernel("k"), Path::new("vms/k"));
     assert_eq!(kernel("../k"), Path::new("vms/../k"));
     assert_eq!(kernel("/boot/k"), Path::new("/boot/k"));
@@ -105,12 +105,12 @@ fn paths_are_relative_to_the_folder_of_the_file() {
         ..source()
     };
     let vm = parse(b"boot.kernel = 'k'", &source, &Renderer::plain()).unwrap();
-    assert_eq!(vm.boot.kernel, Path::new("k"));
+    assert_eq!(vm.boot.kernel.path, Path::new("k"));
 }
 
 #[test]
 fn only_a_leading_tilde_and_slash_is_the_home_folder() {
-    let kernel = |path: &str| vm(&format!("[boot]\nkernel = '{path}'")).boot.kernel;
+    let kernel = |path: &str| vm(&format!("[boot]\nkernel = '{path}'")).boot.kernel.path;
     assert_eq!(kernel("~/k"), Path::new("/home/ada/k"));
     assert_eq!(kernel("~//k"), Path::new("/home/ada/k"));
     assert_eq!(kernel("~k"), Path::new("vms/~k"));
@@ -122,7 +122,9 @@ fn only_a_leading_tilde_and_slash_is_the_home_folder() {
     };
     let errors = parse(b"boot.kernel = '~/k'", &homeless, &Renderer::plain()).unwrap_err();
     assert!(
-        errors.starts_with("error: `kernel` is '~/k', expected a path\n"),
+        errors.starts_with(
+            "error: `kernel` is '~/k', expected a path, or a table with `path` or `url`\n"
+        ),
         "{errors}"
     );
     assert!(
@@ -135,7 +137,7 @@ fn only_a_leading_tilde_and_slash_is_the_home_folder() {
 fn a_path_is_not_empty_and_has_no_nul() {
     assert_eq!(
         error("boot.kernel = ''"),
-        "error: `kernel` is '', expected a path"
+        "error: `kernel` is '', expected a path, or a table with `path` or `url`"
     );
     let errors = errors("boot.kernel = \"a\\u0000b\"");
     assert!(errors.contains("help: '\\0' is not allowed"), "{errors}");

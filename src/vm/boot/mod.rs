@@ -39,10 +39,11 @@ pub(crate) fn load(
     parameters: &Parameters<'_>,
 ) -> Result<Entry> {
     write(memory, &reset_code(), layout::RESET_VECTOR)?;
-    let mut kernel = KernelFile::open(&boot.kernel)?;
+    let mut kernel = KernelFile::open(&boot.kernel.path)?;
+    let initrd = boot.initrd.as_ref().map(|initrd| &*initrd.path);
     match kernel.kind()? {
-        Kind::BzImage => linux::load(memory, kernel, boot.initrd.as_deref(), parameters),
-        Kind::Elf => pvh::load(memory, kernel, boot.initrd.as_deref(), parameters),
+        Kind::BzImage => linux::load(memory, kernel, initrd, parameters),
+        Kind::Elf => pvh::load(memory, kernel, initrd, parameters),
     }
 }
 

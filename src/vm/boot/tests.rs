@@ -7,6 +7,7 @@ use linux_loader::loader::bootparam::{boot_params, setup_header};
 use vm_memory::{ByteValued, Bytes};
 
 use super::*;
+use crate::config::HostFile;
 
 const MIB: u64 = 1 << 20;
 
@@ -43,7 +44,7 @@ impl Bench {
         let path = folder.path().join("kernel");
         fs::write(&path, kernel).unwrap();
         let boot = Boot {
-            kernel: path,
+            kernel: HostFile::at(path),
             initrd: None,
             cmdline: String::new(),
         };
@@ -53,7 +54,7 @@ impl Bench {
     fn initrd(mut self, size: usize) -> Bench {
         let path = self.folder.path().join("initrd");
         fs::write(&path, vec![0x55; size]).unwrap();
-        self.boot.initrd = Some(path);
+        self.boot.initrd = Some(HostFile::at(path));
         self
     }
 
@@ -199,7 +200,7 @@ fn a_file_that_cannot_be_opened_is_refused_with_the_reason() {
         (folder.join("none"), "No such file"),
         (folder.clone(), "is a directory, expected a regular file"),
     ] {
-        bench.boot.kernel = path;
+        bench.boot.kernel.path = path;
         let message = bench.refusal(64 * MIB, "");
         assert!(message.contains(what), "{message}");
     }
@@ -240,7 +241,7 @@ fn mutated_kernels_are_loaded_or_refused() {
                 let at = range.start + random() as usize % range.len();
                 kernel[at] = random() as u8;
             }
-            fs::write(&bench.boot.kernel, &kernel).unwrap();
+            fs::write(&bench.boot.kernel.path, &kernel).unwrap();
             if let Err(error) = load(&memory, &bench.boot, &parameters) {
                 assert_eq!(error.exit, crate::exit::USAGE, "{error}");
             }
@@ -256,7 +257,7 @@ fn each_error_is_shown_at_the_key_it_is_about() {
     assert_eq!(good().initrd(0).blamed(64 * MIB, ""), "'initrd'");
     assert_eq!(good().initrd(99 << 20).blamed(64 * MIB, ""), "'16MiB'");
     let mut bench = good().initrd(1);
-    bench.boot.initrd = Some(bench.folder.path().into());
+    bench.boot.initrd = Some(HostFile::at(bench.folder.path()));
     assert_eq!(bench.blamed(64 * MIB, ""), "'initrd'");
     assert_eq!(good().blamed(64 * MIB, &"x".repeat(2048)), "'quiet'");
 }

@@ -24,10 +24,8 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
 pub(crate) fn same_file<'a>(log: &File, config: &'a Vm) -> Option<&'a Path> {
     let log = log.metadata().ok().filter(Metadata::is_file)?;
     let same = |file: Metadata| (file.dev(), file.ino()) == (log.dev(), log.ino());
-    let disks = config.block.iter().map(|block| &block.path);
-    let mut others = disks
-        .chain([&config.boot.kernel])
-        .chain(&config.boot.initrd);
-    let other = others.find(|other| std::fs::metadata(other).is_ok_and(same))?;
-    Some(other)
+    let disks = config.block.iter().map(|block| &*block.path);
+    let boot = [&config.boot.kernel].into_iter().chain(&config.boot.initrd);
+    let mut others = disks.chain(boot.map(|file| &*file.path));
+    others.find(|other| std::fs::metadata(other).is_ok_and(same))
 }
