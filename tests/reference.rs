@@ -1,5 +1,5 @@
 //! docs/vm-toml.md is what the code says of the keys of a VM's file, and docs/commands.md what it
-//! says of the command line. After a change of either:
+//! says of the command line, docs/vm-toml.schema.json the JSON schema for editors. After a change of either:
 //!
 //! ```sh
 //! UPDATE_DOCS=1 cargo test --test reference
@@ -19,7 +19,15 @@ const HEAD: &str = "\
 
 A VM is one TOML file. Paths in it are relative to its own folder; a leading `~/` is the home
 folder. A size is a whole number of bytes, or a text with KiB, MiB, GiB or TiB. An unknown key is
-an error; `launcher check` shows every error of a file.
+an error; `launcher check` shows every error of a file, and `launcher explain KEY` what a key does.
+
+An editor with a TOML language server completes keys, shows these words and marks mistakes where the
+first line of a file names the schema, [vm-toml.schema.json](vm-toml.schema.json) or what
+`launcher schema` prints:
+
+```toml
+#:schema ../docs/vm-toml.schema.json
+```
 
 <!-- Written by `UPDATE_DOCS=1 cargo test --test reference` from the code: do not edit. -->
 ";
@@ -43,13 +51,12 @@ fn table(heading: &str, keys: &[Key], page: &mut String) {
     *page += &format!("\n## {heading}\n\n| key | takes | default | meaning |\n|---|---|---|---|\n");
     for key in keys {
         let takes = match key.takes {
-            Takes::Value(words) => cell(words),
-            Takes::Table(_) => "a table, below".to_owned(),
-            Takes::Tables(_) => "any number of tables, below".to_owned(),
-            Takes::File(_) => "a path, or a table of a host file, below".to_owned(),
+            Takes::Value(words, _) => cell(words),
+            Takes::File(_) => format!("{} of a host file, below", key.takes.words()),
             Takes::Files(_) => {
                 "a path, a table of a host file, below, or an array of them".to_owned()
             }
+            tables => format!("{}, below", tables.words()),
         };
         let (name, default, doc) = (key.spelled(), default(key.absent), cell(key.doc));
         *page += &format!("| `{name}` | {takes} | {default} | {doc} |\n");
@@ -112,6 +119,42 @@ fn the_reference_says_what_the_code_says() {
     formats.retain(|format| format.name != "qcow2-rs");
     of_formats(&formats, &mut page);
     held("docs/vm-toml.md", &page);
+}
+
+#[test]
+fn the_schema_is_that_of_the_code() {
+    let mut formats = formats::formats().unwrap();
+    formats.retain(|format| format.name != "qcow2-rs");
+    let schema = serde_json::to_string_pretty(&launcher::config::schema(&formats)).unwrap();
+    held("docs/vm-toml.schema.json", &(schema + "\n"));
+}
+
+#[test]
+fn every_vm_that_is_checked_in_is_taken_by_the_schema() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let schema = fs::read_to_string(folder.join("docs/vm-toml.schema.json")).unwrap();
+    let schema = serde_json::from_str(&schema).unwrap();
+    let validator = jsonschema::draft7::new(&schema).unwrap();
+    let mut files: Vec<_> = fs::read_dir(folder.join("configs"))
+        .unwrap()
+        .flat_map(|vm| {
+            let vm = vm.unwrap().path();
+            let files = fs::read_dir(&vm).into_iter().flatten();
+            files.map(|file| file.unwrap().path()).collect::<Vec<_>>()
+        })
+        .collect();
+    files.retain(|file| {
+        file.extension()
+            .is_some_and(|extension| extension == "toml")
+    });
+    assert!(files.len() >= 2, "{files:?}");
+    for file in files {
+        let text = fs::read_to_string(&file).unwrap();
+        let table: toml::Table = text.parse().unwrap();
+        let json = serde_json::to_value(table).unwrap();
+        let errors: Vec<_> = validator.iter_errors(&json).collect();
+        assert!(errors.is_empty(), "{}: {errors:?}", file.display());
+    }
 }
 
 /// Compares a page with the one that is checked in, or updates that.

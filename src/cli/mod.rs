@@ -12,6 +12,7 @@ mod man;
 mod orders;
 mod output;
 mod ps;
+mod schema;
 mod span;
 mod status;
 mod target;
@@ -54,6 +55,7 @@ enum Command {
     Wait(wait::Wait),
     Disk(disk::Disk),
     Check(check::Check),
+    Schema(schema::Schema),
     Formats(formats::Formats),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
@@ -102,6 +104,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Wait(wait) => wait.run(),
         Command::Disk(disk) => disk.run(),
         Command::Check(check) => check.run(),
+        Command::Schema(schema) => schema.run(),
         Command::Formats(formats) => formats.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Completions(completions) => completions.run(),

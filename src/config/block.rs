@@ -11,7 +11,7 @@ use formats::{Image, OptionValue};
 use super::diagnostic::{Diagnostic, shortened};
 use super::host_file::{self, HostFile, Origin};
 use super::image_format::{self, Written};
-use super::kinds::{Argument, BlockSize, DiskSize, FilePath, Id, Queues, Sha256, Url, Word};
+use super::kinds::{Argument, BlockSize, DiskSize, FilePath, FormatName, Id, Queues, Sha256, Url};
 use super::options::{Given, Key, Table, default, derived, files, list, optional, options};
 use super::section::{Context, Section};
 use crate::digest::Digest;
@@ -22,7 +22,8 @@ options! {
         /// The image: a file or a host block device.
         path: PathBuf = derived::<FilePath>("must be written, or `url`"),
         /// Format of the image; `launcher formats` lists them. It is never guessed from content.
-        format: String = derived::<Word>("the one that the extension of `path` or `url` stands for"),
+        format: String =
+            derived::<FormatName>("the one that the extension of `path` or `url` stands for"),
         /// Read-only.
         ro: bool = default::<bool>("false"),
         /// The guest's root file system: adds `root=/dev/vdX ro|rw` to the kernel parameters.
@@ -30,7 +31,7 @@ options! {
         root: bool = default::<bool>("false"),
         /// true: thin, space that the guest discards is freed. false: fully allocated at start,
         /// no discard.
-        sparse: bool = default::<bool>("true"),
+        sparse: bool = default::<bool>("true").example("false"),
         /// O_DIRECT: the host's page cache is passed by.
         o_direct: bool = default::<bool>("false"),
         /// Logical block size in bytes.
@@ -38,7 +39,7 @@ options! {
         /// Serial number, as the guest sees it in `/sys/block/vdX/serial`.
         id: Option<String> = optional::<Id>("none"),
         /// Locks the image against a second writer; QEMU honours these locks too.
-        lock: bool = default::<bool>("true"),
+        lock: bool = default::<bool>("true").example("false"),
         /// Number of virtqueues.
         queues: u16 = default::<Queues>("1"),
         /// Size of the image: created if absent, grown if smaller, refused if larger.
@@ -46,7 +47,7 @@ options! {
         /// Backing file of the image, or its chain of them in order. One that the image's header
         /// names is opened only if it is named here too; an image that is created becomes an
         /// overlay over the first. They are never written.
-        backing: Vec<HostFile> = files("none"),
+        backing: Vec<HostFile> = files("none").example("\"base.qcow2\""),
         /// The image is never written: changes go to a temporary file beside it that has no name,
         /// and vanish at exit. A larger `size` is then that of the disk, not of the image.
         ephemeral: bool = default::<bool>("false"),

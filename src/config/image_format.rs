@@ -9,6 +9,7 @@ use super::kinds::{Bytes, FilePath, Number, Word};
 use super::nearest::nearest;
 use super::options::Given;
 use super::section::{self, Context, Section};
+use super::shape::Shape;
 use super::value::Leaf;
 
 /// Whether it is one of the two backends of a raw image: `sparse` picks between them.
@@ -160,6 +161,17 @@ pub fn expects(kind: OptionKind) -> String {
         OptionKind::Integer => Number::EXPECTS.to_owned(),
         OptionKind::Path => FilePath::EXPECTS.to_owned(),
         OptionKind::Choice(words) => one_of(words),
+    }
+}
+
+/// The same, as far as a schema can say it.
+pub(super) fn shape(kind: OptionKind) -> Shape {
+    match kind {
+        OptionKind::Bool => bool::SHAPE,
+        OptionKind::Size => Bytes::SHAPE,
+        OptionKind::Integer => Number::SHAPE,
+        OptionKind::Path => FilePath::SHAPE,
+        OptionKind::Choice(words) => Shape::Names(words),
     }
 }
 

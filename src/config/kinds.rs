@@ -8,23 +8,25 @@ use http::uri::Authority;
 use serde::Deserialize;
 
 use super::section::Context;
+use super::shape::Shape;
 use super::value::{Leaf, Listed, Scalar, Wrong, leaf, whole};
 use crate::digest::{Digest, NotADigest};
 
 whole! {
     /// Number of vCPUs: APIC identifiers are 8 bits wide, 255 addresses all.
-    Cpus(u32): 1 to 254
+    Cpus(u32): 1 to 254, "2"
 }
 
 whole! {
     /// Number of virtqueues.
-    Queues(u16): 1 to 64
+    Queues(u16): 1 to 64, "4"
 }
 
 leaf! {
     /// Name of a VM: also a file name in the run-time folder, and a word on the command line.
     Name(String):
     "1 to 64 letters, digits, `.`, `_` or `-`, the first no `.` or `-`",
+    Shape::Text("^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"), "\"web\"",
     |scalar| {
         let name = scalar.text()?;
         let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
@@ -41,7 +43,9 @@ leaf! {
 
 leaf! {
     /// Size of guest memory in bytes.
-    Memory(u64): "a size from 2MiB to 1TiB, a multiple of 4KiB", |scalar| {
+    Memory(u64): "a size from 2MiB to 1TiB, a multiple of 4KiB",
+    Shape::Size { min: 2 << 20, max: 1 << 40, step: 4096 }, "\"1GiB\"",
+    |scalar| {
         let bytes = scalar.bytes()?;
         if (2 << 20..=1 << 40).contains(&bytes) && bytes.is_multiple_of(4096) {
             Ok(bytes)
@@ -53,7 +57,9 @@ leaf! {
 
 leaf! {
     /// Size of a disk in bytes: the kernel's file offsets are signed.
-    DiskSize(u64): "a size of 512 bytes or more, a multiple of 512", |scalar| {
+    DiskSize(u64): "a size of 512 bytes or more, a multiple of 512",
+    Shape::Size { min: 512, max: i64::MAX as u64, step: 512 }, "\"8GiB\"",
+    |scalar| {
         let bytes = scalar.bytes()?;
         if (512..=i64::MAX as u64).contains(&bytes) && bytes.is_multiple_of(512) {
             Ok(bytes)
@@ -65,19 +71,25 @@ leaf! {
 
 leaf! {
     /// Any size in bytes.
-    Bytes(u64): "a size such as 65536 or \"64KiB\"", Scalar::bytes
+    Bytes(u64): "a size such as 65536 or \"64KiB\"",
+    Shape::Size { min: 0, max: i64::MAX as u64, step: 1 }, "\"64KiB\"",
+    Scalar::bytes
 }
 
 leaf! {
     /// Any whole number.
-    Number(u64): "a whole number", |scalar| {
+    Number(u64): "a whole number",
+    Shape::Whole { min: 0, max: i64::MAX as u64 }, "1",
+    |scalar| {
         u64::try_from(scalar.whole()?).map_err(|_| Wrong::default())
     }
 }
 
 leaf! {
     /// Logical block size in bytes.
-    BlockSize(u32): "a power of two, 512 to 65536", |scalar| {
+    BlockSize(u32): "a power of two, 512 to 65536",
+    Shape::PowerOfTwo { min: 512, max: 65536 }, "4096",
+    |scalar| {
         match u32::try_from(scalar.bytes()?) {
             Ok(bytes) if bytes.is_power_of_two() && (512..=65536).contains(&bytes) => Ok(bytes),
             _ => Err(Wrong::default()),
@@ -87,7 +99,9 @@ leaf! {
 
 leaf! {
     /// Serial number of a disk: VIRTIO_BLK_ID_BYTES is 20 (virtio 1.3 section 5.2.6).
-    Id(String): "1 to 20 printable ASCII characters", |scalar| {
+    Id(String): "1 to 20 printable ASCII characters",
+    Shape::Text("^[ -~]{1,20}$"), "\"ROOT\"",
+    |scalar| {
         let id = scalar.text()?;
         let printable = id.bytes().all(|byte| (b' '..=b'~').contains(&byte));
         if printable && (1..=20).contains(&id.len()) {
@@ -101,13 +115,20 @@ leaf! {
 }
 
 leaf! {
-    /// A name that is looked up later.
-    Word(String): "a name in quotes", Scalar::text
+    /// A word that is looked up later.
+    Word(String): "a name in quotes", Shape::Text(""), "\"zstd\"", Scalar::text
+}
+
+leaf! {
+    /// Name of a disk format, looked up later.
+    FormatName(String): "a name in quotes", Shape::Format, "\"qcow2\"", Scalar::text
 }
 
 leaf! {
     /// Kernel parameters.
-    Cmdline(String): "one line of text", |scalar| {
+    Cmdline(String): "one line of text",
+    Shape::Text(r"^[^\u0000-\u001f\u007f-\u009f]*$"), "\"quiet\"",
+    |scalar| {
         let text = scalar.text()?;
         match text.chars().find(|c| c.is_control()) {
             Some(bad) => Err(format!("{bad:?} is not allowed").into()),
@@ -118,7 +139,9 @@ leaf! {
 
 leaf! {
     /// A text to look for in what the guest prints.
-    Ready(String): "a text of 1 to 128 characters, in one line", |scalar| {
+    Ready(String): "a text of 1 to 128 characters, in one line",
+    Shape::Text(r"^[^\u0000-\u001f\u007f-\u009f]{1,128}$"), "\"login:\"",
+    |scalar| {
         let text = scalar.text()?;
         match text.chars().find(|c| c.is_control()) {
             Some(bad) => Err(format!("{bad:?} is not allowed").into()),
@@ -144,7 +167,9 @@ pub(crate) fn span_parts(text: &str) -> (&str, Option<u64>) {
 
 leaf! {
     /// A time span.
-    Span(Duration): "a time such as \"500ms\", \"30s\" or \"2m\", at most \"1h\"", |scalar| {
+    Span(Duration): "a time such as \"500ms\", \"30s\" or \"2m\", at most \"1h\"",
+    Shape::Text("^[0-9]+(ms|s|m|h)$"), "\"2m\"",
+    |scalar| {
         let text = match scalar {
             Scalar::Text(text) => text,
             Scalar::Whole(number @ 0..=3600) => {
@@ -164,7 +189,10 @@ leaf! {
 
 leaf! {
     /// What is in a file.
-    Sha256(Digest): "a SHA-256 digest of 64 hex digits", |scalar| {
+    Sha256(Digest): "a SHA-256 digest of 64 hex digits",
+    Shape::Text("^[0-9A-Fa-f]{64}$"),
+    "\"e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855\"",
+    |scalar| {
         scalar.text()?.parse().map_err(|wrong| match wrong {
             NotADigest::Length(length) => format!("it has {length} characters").into(),
             NotADigest::Character(c) => format!("{c:?} is no hex digit").into(),
@@ -174,7 +202,9 @@ leaf! {
 
 leaf! {
     /// Where a file is fetched from.
-    Url(String): "an http or https URL that ends in the name of a file", |scalar| {
+    Url(String): "an http or https URL that ends in the name of a file",
+    Shape::Text("^https?://[!-~]+$"), "\"https://example.org/files/disk.qcow2\"",
+    |scalar| {
         let url = scalar.text()?;
         let (scheme, rest) = match url.split_once("://") {
             Some((scheme @ ("http" | "https"), rest)) => (scheme, rest),
@@ -218,7 +248,9 @@ pub(super) fn last_part(url: &str) -> Option<&str> {
 
 leaf! {
     /// A word of a command.
-    Argument(String): "a text without NUL", |scalar| {
+    Argument(String): "a text without NUL",
+    Shape::Text("^[^\\u0000]*$"), "\"./prepare.sh\"",
+    |scalar| {
         let text = scalar.text()?;
         match text.contains('\0') {
             true => Err(Wrong::default()),
@@ -252,6 +284,8 @@ impl TryFrom<Scalar> for FilePath {
 impl Leaf for FilePath {
     type Plain = PathBuf;
     const EXPECTS: &'static str = "a path";
+    const SHAPE: Shape = Shape::Text("^[^\\u0000]+$");
+    const EXAMPLE: &'static str = "\"disk.img\"";
 
     fn plain(self, cx: &Context<'_>) -> Result<PathBuf, String> {
         match (self.0.strip_prefix("~/"), cx.home) {

@@ -4,7 +4,9 @@
 use std::ops::Range;
 
 use super::host_file::{self, HostFile};
+use super::kinds::FilePath;
 use super::section::{self, Section};
+use super::shape::Shape;
 use super::value::{Leaf, Listed};
 
 /// What one key of the file means: all that help, schema and reference have to say about it.
@@ -18,13 +20,15 @@ pub struct Key {
     pub takes: Takes,
     /// What holds if it is not written.
     pub absent: Absent,
+    /// A value that somebody might write, as TOML; empty for tables.
+    pub example: &'static str,
 }
 
 /// What a key takes.
 #[derive(Clone, Copy, Debug)]
 pub enum Takes {
-    /// A value, in words: "a whole number, 1 to 254".
-    Value(&'static str),
+    /// A value, in words, "a whole number, 1 to 254", and as far as a schema can tell.
+    Value(&'static str, Shape),
     /// A table with these keys.
     Table(&'static [Key]),
     /// A list of tables with these keys.
@@ -50,19 +54,42 @@ impl Key {
     /// The key as it is spelled in the file: `name`, `[boot]`, `[[block]]`.
     pub fn spelled(&self) -> String {
         match self.takes {
-            Takes::Value(_) | Takes::File(_) | Takes::Files(_) => self.name.to_owned(),
+            Takes::Value(..) | Takes::File(_) | Takes::Files(_) => self.name.to_owned(),
             Takes::Table(_) => format!("[{}]", self.name),
             Takes::Tables(_) => format!("[[{}]]", self.name),
         }
     }
 
+    /// What it does, as running text.
+    pub fn meaning(&self) -> String {
+        running(self.doc)
+    }
+
     /// The keys of its table, if it takes one and nothing else.
     pub fn keys(&self) -> &'static [Key] {
         match self.takes {
-            Takes::Value(_) | Takes::File(_) | Takes::Files(_) => &[],
+            Takes::Value(..) | Takes::File(_) | Takes::Files(_) => &[],
             Takes::Table(keys) | Takes::Tables(keys) => keys,
         }
     }
+}
+
+impl Takes {
+    /// What it takes, in words.
+    pub fn words(&self) -> &'static str {
+        match self {
+            Takes::Value(words, _) => words,
+            Takes::Table(_) => "a table",
+            Takes::Tables(_) => "any number of tables",
+            Takes::File(_) => host_file::ONE,
+            Takes::Files(_) => host_file::ONE_OR_MORE,
+        }
+    }
+}
+
+/// A doc comment without its line breaks.
+pub(super) fn running(doc: &str) -> String {
+    doc.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// The value of one option and where it was written.
@@ -91,6 +118,7 @@ impl<T> Default for Given<T> {
 pub(super) struct Spec<T> {
     takes: Takes,
     absent: Absent,
+    example: &'static str,
     read: fn(&mut Section<'_>, &'static str, Absent) -> Given<T>,
 }
 
@@ -101,7 +129,13 @@ impl<T> Spec<T> {
             doc,
             takes: self.takes,
             absent: self.absent,
+            example: self.example,
         }
+    }
+
+    /// With a value that shows more than the example of its kind does, as TOML.
+    pub(super) const fn example(self, example: &'static str) -> Self {
+        Spec { example, ..self }
     }
 
     pub(super) fn read(&self, section: &mut Section<'_>, name: &'static str) -> Given<T> {
@@ -112,8 +146,9 @@ impl<T> Spec<T> {
 /// A value with a default, written as TOML.
 pub(super) const fn default<L: Leaf>(literal: &'static str) -> Spec<L::Plain> {
     Spec {
-        takes: Takes::Value(L::EXPECTS),
+        takes: Takes::Value(L::EXPECTS, L::SHAPE),
         absent: Absent::Value(literal),
+        example: L::EXAMPLE,
         read: section::value::<L>,
     }
 }
@@ -121,8 +156,9 @@ pub(super) const fn default<L: Leaf>(literal: &'static str) -> Spec<L::Plain> {
 /// A value that follows from others if it is not written: `words` say how.
 pub(super) const fn derived<L: Leaf>(words: &'static str) -> Spec<L::Plain> {
     Spec {
-        takes: Takes::Value(L::EXPECTS),
+        takes: Takes::Value(L::EXPECTS, L::SHAPE),
         absent: Absent::Words(words),
+        example: L::EXAMPLE,
         read: section::value::<L>,
     }
 }
@@ -130,8 +166,9 @@ pub(super) const fn derived<L: Leaf>(words: &'static str) -> Spec<L::Plain> {
 /// A value that may be left out: `words` say what that means.
 pub(super) const fn optional<L: Leaf>(words: &'static str) -> Spec<Option<L::Plain>> {
     Spec {
-        takes: Takes::Value(L::EXPECTS),
+        takes: Takes::Value(L::EXPECTS, L::SHAPE),
         absent: Absent::Words(words),
+        example: L::EXAMPLE,
         read: section::optional::<L>,
     }
 }
@@ -139,8 +176,9 @@ pub(super) const fn optional<L: Leaf>(words: &'static str) -> Spec<Option<L::Pla
 /// One value or an array of them, which may be left out: `words` say what that means.
 pub(super) const fn list<L: Listed>(words: &'static str) -> Spec<Vec<L::Plain>> {
     Spec {
-        takes: Takes::Value(L::ONE_OR_MORE),
+        takes: Takes::Value(L::ONE_OR_MORE, Shape::OneOrMore(&L::SHAPE)),
         absent: Absent::Words(words),
+        example: L::EXAMPLE,
         read: section::list::<L>,
     }
 }
@@ -150,6 +188,7 @@ pub(super) const fn file(example: &'static str) -> Spec<HostFile> {
     Spec {
         takes: Takes::File(HostFile::KEYS),
         absent: Absent::Error(example),
+        example,
         read: host_file::required,
     }
 }
@@ -159,6 +198,7 @@ pub(super) const fn optional_file(words: &'static str) -> Spec<Option<HostFile>>
     Spec {
         takes: Takes::File(HostFile::KEYS),
         absent: Absent::Words(words),
+        example: FilePath::EXAMPLE,
         read: host_file::left_out,
     }
 }
@@ -168,6 +208,7 @@ pub(super) const fn files(words: &'static str) -> Spec<Vec<HostFile>> {
     Spec {
         takes: Takes::Files(HostFile::KEYS),
         absent: Absent::Words(words),
+        example: FilePath::EXAMPLE,
         read: host_file::several,
     }
 }
@@ -177,6 +218,7 @@ pub(super) const fn table<T: Table>() -> Spec<T> {
     Spec {
         takes: Takes::Table(T::KEYS),
         absent: Absent::Words("the defaults of its keys"),
+        example: "",
         read: section::table::<T>,
     }
 }
@@ -186,6 +228,7 @@ pub(super) const fn tables<T: Table>(words: &'static str) -> Spec<Vec<T>> {
     Spec {
         takes: Takes::Tables(T::KEYS),
         absent: Absent::Words(words),
+        example: "",
         read: section::tables::<T>,
     }
 }

@@ -5,6 +5,7 @@ mod blocks;
 mod host_files;
 mod hostile;
 mod messages;
+mod schema;
 mod values;
 
 use formats::{FormatOption, Image, OpenError, Opening, OptionKind, Ring};
@@ -99,10 +100,17 @@ fn source() -> Source<'static> {
 
 /// Reads a right file.
 fn vm(text: &str) -> Vm {
-    match parse(text.as_bytes(), &source(), &Renderer::plain()) {
+    match read(text) {
         Ok(vm) => vm,
         Err(errors) => panic!("{errors}"),
     }
+}
+
+/// Reads a file. What is right, the schema must take too.
+fn read(text: &str) -> Result<Vm, String> {
+    let vm = parse(text.as_bytes(), &source(), &Renderer::plain())?;
+    schema::takes(text);
+    Ok(vm)
 }
 
 /// Reads a right file with `[boot]` added below.
@@ -247,5 +255,5 @@ fn every_key_is_described() {
     assert_eq!(described(KEYS), 7 + 3 + 16 + 3 + 2);
     let memory = KEYS.iter().find(|key| key.name == "memory").unwrap();
     assert!(matches!(memory.absent, Absent::Value("\"512MiB\"")));
-    assert!(matches!(memory.takes, Takes::Value(words) if words.contains("4KiB")));
+    assert!(matches!(memory.takes, Takes::Value(words, _) if words.contains("4KiB")));
 }

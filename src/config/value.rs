@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 
 use super::section::Context;
+use super::shape::Shape;
 use super::size;
 
 /// A value of the file, before it becomes plain data.
@@ -15,6 +16,10 @@ pub(super) trait Leaf: DeserializeOwned {
     type Plain: 'static;
     /// What values it takes, in words that follow "expected".
     const EXPECTS: &'static str;
+    /// The same, as far as a schema can say it.
+    const SHAPE: Shape;
+    /// A value that somebody might write, as TOML.
+    const EXAMPLE: &'static str;
 
     /// Makes it plain data. The error is what would help.
     fn plain(self, cx: &Context<'_>) -> Result<Self::Plain, String>;
@@ -29,6 +34,8 @@ pub(super) trait Listed: Leaf {
 impl Leaf for bool {
     type Plain = bool;
     const EXPECTS: &'static str = "true or false";
+    const SHAPE: Shape = Shape::Truth;
+    const EXAMPLE: &'static str = "true";
 
     fn plain(self, _: &Context<'_>) -> Result<bool, String> {
         Ok(self)
@@ -97,9 +104,13 @@ impl Scalar {
     }
 }
 
-/// Declares a type of values: name, plain type, what it expects, and how it is checked.
+/// Declares a type of values: name, plain type, what it expects in words and as a schema says it,
+/// an example, and how it is checked.
 macro_rules! leaf {
-    ($(#[$meta:meta])* $name:ident($plain:ty): $expects:expr, $check:expr) => {
+    (
+        $(#[$meta:meta])*
+        $name:ident($plain:ty): $expects:expr, $shape:expr, $example:literal, $check:expr
+    ) => {
         $(#[$meta])*
         #[derive(Debug, serde::Deserialize)]
         #[serde(try_from = "crate::config::value::Scalar")]
@@ -117,6 +128,8 @@ macro_rules! leaf {
         impl Leaf for $name {
             type Plain = $plain;
             const EXPECTS: &'static str = $expects;
+            const SHAPE: crate::config::shape::Shape = $shape;
+            const EXAMPLE: &'static str = $example;
 
             fn plain(self, _: &Context<'_>) -> Result<$plain, String> {
                 Ok(self.0)
@@ -127,10 +140,12 @@ macro_rules! leaf {
 
 /// Declares a type of whole numbers.
 macro_rules! whole {
-    ($(#[$meta:meta])* $name:ident($plain:ty): $min:literal to $max:literal) => {
+    ($(#[$meta:meta])* $name:ident($plain:ty): $min:literal to $max:literal, $example:literal) => {
         leaf! {
             $(#[$meta])*
-            $name($plain): concat!("a whole number, ", $min, " to ", $max), |scalar| {
+            $name($plain): concat!("a whole number, ", $min, " to ", $max),
+            crate::config::shape::Shape::Whole { min: $min, max: $max }, $example,
+            |scalar| {
                 let number = scalar.whole()?;
                 match <$plain>::try_from(number) {
                     Ok(number) if ($min..=$max).contains(&number) => Ok(number),
@@ -146,16 +161,16 @@ macro_rules! words {
     (
         $(#[$meta:meta])*
         pub enum $name:ident {
-            $(#[$first_meta:meta])+ $first:ident = $first_word:literal,
-            $($(#[$variant_meta:meta])+ $variant:ident = $word:literal,)*
+            $(#[doc = $first_doc:literal])+ $first:ident = $first_word:literal,
+            $($(#[doc = $doc:literal])+ $variant:ident = $word:literal,)*
         }
     ) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Deserialize)]
         #[serde(try_from = "crate::config::value::Scalar")]
         pub enum $name {
-            $(#[$first_meta])+ $first,
-            $($(#[$variant_meta])+ $variant,)*
+            $(#[doc = $first_doc])+ $first,
+            $($(#[doc = $doc])+ $variant,)*
         }
 
         impl TryFrom<crate::config::value::Scalar> for $name {
@@ -172,6 +187,11 @@ macro_rules! words {
             type Plain = $name;
             const EXPECTS: &'static str =
                 concat!("\"", $first_word, "\"", $(" or \"", $word, "\""),*);
+            const SHAPE: crate::config::shape::Shape = crate::config::shape::Shape::Words(&[
+                ($first_word, concat!($($first_doc),+).trim_ascii()),
+                $(($word, concat!($($doc),+).trim_ascii()),)*
+            ]);
+            const EXAMPLE: &'static str = concat!("\"", $first_word, "\"");
 
             fn plain(self, _: &crate::config::section::Context<'_>) -> Result<Self, String> {
                 Ok(self)

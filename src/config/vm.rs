@@ -102,7 +102,7 @@ options! {
         /// The kernel: a bzImage, or an ELF vmlinux with a PVH note.
         kernel: HostFile = file("\"vmlinuz\""),
         /// Initial RAM disk.
-        initrd: Option<HostFile> = optional_file("none"),
+        initrd: Option<HostFile> = optional_file("none").example("\"initrd.img\""),
         /// Kernel parameters, appended to those that launcher generates (`console=`, `root=`);
         /// the kernel takes the last where two differ.
         cmdline: String = default::<Cmdline>("\"\""),
@@ -113,9 +113,9 @@ options! {
     /// The serial console.
     pub struct Console, read as GivenConsole {
         /// Where it goes.
-        mode: ConsoleMode = default::<ConsoleMode>("\"stdio\""),
+        mode: ConsoleMode = default::<ConsoleMode>("\"stdio\"").example("\"socket\""),
         /// File that what the guest prints is appended to.
-        log: Option<PathBuf> = optional::<FilePath>("none"),
+        log: Option<PathBuf> = optional::<FilePath>("none").example("\"console.log\""),
         /// What the guest prints once it is up.
         ready: Option<String> = optional::<Ready>("what kernels and login prompts print"),
     }
@@ -137,7 +137,7 @@ options! {
     /// When to restart and how to stop.
     pub struct Lifecycle, read as GivenLifecycle {
         /// What a reboot of the guest does.
-        on_reboot: OnReboot = default::<OnReboot>("\"restart\""),
+        on_reboot: OnReboot = default::<OnReboot>("\"restart\"").example("\"stop\""),
         /// How long after a press of the power button the VM is ended, its disks flushed.
         stop_timeout: Duration = default::<Span>("\"30s\""),
     }

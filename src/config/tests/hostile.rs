@@ -254,7 +254,7 @@ fn no_mutation_of_a_file_breaks_the_reader() {
             }
         }
         match parse(&bytes, &source(), &Renderer::styled()) {
-            Ok(_) => (),
+            Ok(_) => schema::takes(std::str::from_utf8(&bytes).unwrap()),
             Err(errors) => assert!(errors.contains("error"), "{bytes:?}"),
         }
     }

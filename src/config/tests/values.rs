@@ -7,7 +7,7 @@ use super::*;
 /// Whether a line at the top of the file is taken.
 fn takes(line: &str) -> bool {
     let text = format!("{line}\n{BOOT}");
-    parse(text.as_bytes(), &source(), &Renderer::plain()).is_ok()
+    read(&text).is_ok()
 }
 
 /// Whether a line in a `[[block]]` is taken.
