@@ -186,6 +186,61 @@ fn the_formats_are_those_of_the_reference_and_those_asked_for_by_feature() {
 }
 
 #[test]
+fn a_key_is_explained_with_what_it_takes_its_default_and_an_example() {
+    let folder = folder(&[]);
+    let (code, out, err) = run(folder.path(), &["explain", "sparse"]);
+    assert_eq!((code, &*err), (0, ""));
+    assert_eq!(
+        out,
+        "block.sparse
+
+true: thin, space that the guest discards is freed. false: fully allocated at
+start, no discard.
+
+Takes:    true or false
+Default:  true
+
+Example:
+  [[block]]
+  sparse = false
+"
+    );
+    let (_, out, _) = run(folder.path(), &["explain", "console.mode"]);
+    assert!(
+        out.contains("\n  \"off\"     The guest has no serial port.\n"),
+        "{out}"
+    );
+    let (_, out, _) = run(folder.path(), &["explain", "[boot]"]);
+    assert!(
+        out.contains("Keys:\n  boot.kernel   The kernel: a bzImage"),
+        "{out}"
+    );
+}
+
+#[test]
+fn explain_lists_all_keys_and_knows_the_nearest_of_a_wrong_one() {
+    let folder = folder(&[]);
+    let (code, out, _) = run(folder.path(), &["explain"]);
+    assert_eq!(code, 0);
+    for key in ["memory ", "boot.kernel ", "block.qcow2.cluster_size "] {
+        assert!(out.lines().any(|line| line.starts_with(key)), "{out}");
+    }
+    let (code, out, err) = run(folder.path(), &["explain", "block.spars"]);
+    assert_eq!((code, &*out), (2, ""));
+    assert_eq!(
+        err,
+        "error: no key of a VM's file is called \"block.spars\"\n\
+         help: did you mean `block.sparse`?\n"
+    );
+    let (code, _, err) = run(folder.path(), &["explain", "colour"]);
+    assert_eq!(code, 2);
+    assert!(
+        err.ends_with("help: `launcher explain` lists all keys\n"),
+        "{err}"
+    );
+}
+
+#[test]
 fn wrong_usage_exits_2_and_help_exits_0() {
     let folder = folder(&[]);
     for wrong in [

@@ -58,7 +58,11 @@ fn table(heading: &str, keys: &[Key], page: &mut String) {
             }
             tables => format!("{}, below", tables.words()),
         };
-        let (name, default, doc) = (key.spelled(), default(key.absent), cell(key.doc));
+        let (name, default, mut doc) = (key.spelled(), default(key.absent), key.meaning());
+        for (word, meaning) in key.words() {
+            doc += &format!(" \"{word}\": {meaning}");
+        }
+        let doc = cell(&doc);
         *page += &format!("| `{name}` | {takes} | {default} | {doc} |\n");
     }
     for key in keys.iter().filter(|key| !key.keys().is_empty()) {

@@ -5,6 +5,7 @@ mod completions;
 mod console;
 mod disk;
 mod doctor;
+mod explain;
 mod formats;
 pub mod log;
 mod logs;
@@ -55,6 +56,7 @@ enum Command {
     Wait(wait::Wait),
     Disk(disk::Disk),
     Check(check::Check),
+    Explain(explain::Explain),
     Schema(schema::Schema),
     Formats(formats::Formats),
     Doctor(doctor::Doctor),
@@ -104,6 +106,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Wait(wait) => wait.run(),
         Command::Disk(disk) => disk.run(),
         Command::Check(check) => check.run(),
+        Command::Explain(explain) => explain.run(),
         Command::Schema(schema) => schema.run(),
         Command::Formats(formats) => formats.run(),
         Command::Doctor(doctor) => doctor.run(),

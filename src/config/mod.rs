@@ -5,6 +5,7 @@
 
 mod block;
 mod diagnostic;
+mod explain;
 mod file;
 mod host_file;
 mod image_format;
@@ -30,6 +31,7 @@ use formats::Format;
 
 pub use self::block::Block;
 use self::diagnostic::Diagnostic;
+pub use self::explain::{Entry, Named, entries, find};
 pub use self::host_file::HostFile;
 pub use self::image_format::expects;
 pub(crate) use self::kinds::span_parts;

@@ -1,6 +1,7 @@
 //! One option is one documented field: [`options!`] makes of it the field of a struct, its reader
 //! and its description, so that the file, the help and the reference cannot disagree.
 
+use std::fmt;
 use std::ops::Range;
 
 use super::host_file::{self, HostFile};
@@ -83,6 +84,15 @@ impl Takes {
             Takes::Tables(_) => "any number of tables",
             Takes::File(_) => host_file::ONE,
             Takes::Files(_) => host_file::ONE_OR_MORE,
+        }
+    }
+}
+
+impl fmt::Display for Absent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Absent::Error(_) => f.write_str("must be written"),
+            Absent::Value(words) | Absent::Words(words) => f.write_str(words),
         }
     }
 }

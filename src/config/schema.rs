@@ -57,10 +57,8 @@ fn property(key: &Key, formats: &[&Format]) -> Value {
         Takes::Files(keys) => one_or_more(file(keys, formats)),
     };
     let mut description = key.meaning();
-    if let Takes::Value(_, Shape::Words(words)) = key.takes {
-        for (word, meaning) in words {
-            description += &format!("\n\n\"{word}\": {}", running(meaning));
-        }
+    for (word, meaning) in key.words() {
+        description += &format!("\n\n\"{word}\": {meaning}");
     }
     if let Takes::Value(_, Shape::Format) = key.takes {
         for format in formats {

@@ -112,7 +112,7 @@ options! {
 options! {
     /// The serial console.
     pub struct Console, read as GivenConsole {
-        /// Where it goes.
+        /// Where the console goes.
         mode: ConsoleMode = default::<ConsoleMode>("\"stdio\"").example("\"socket\""),
         /// File that what the guest prints is appended to.
         log: Option<PathBuf> = optional::<FilePath>("none").example("\"console.log\""),

@@ -109,7 +109,7 @@ fn an_editor_is_told_what_a_key_does_and_is_by_default() {
     assert_eq!(console["default"], "stdio");
     assert_eq!(
         console["description"],
-        "Where it goes.\n\n\"stdio\": Standard input and output.\n\n\"socket\": The control \
+        "Where the console goes.\n\n\"stdio\": Standard input and output.\n\n\"socket\": The control \
          socket alone: see `launcher console` and `launcher logs`.\n\n\"off\": The guest has no \
          serial port."
     );
