@@ -83,6 +83,11 @@ impl Error {
         self
     }
 
+    /// The key of the VM's file that it is about, if its place is not shown yet.
+    pub(crate) fn key(&self) -> Option<&str> {
+        self.key.as_deref()
+    }
+
     /// Shows the place of the key that it is about.
     pub(crate) fn at(self, places: &Places) -> Self {
         match (self.key, self.text) {

@@ -5,14 +5,26 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::output::{complain, print};
-use crate::{Result, config, exit};
+use super::up;
+use crate::config::Vm;
+use crate::control::Place;
+use crate::{Result, config, exit, vm};
 
-/// Check the TOML files of VMs and show every mistake
+/// Check the files of VMs, and the host's files that they name, and show every problem
+///
+/// The kernel is loaded, images are opened as they would be, and read: nothing is created,
+/// written, fetched or executed. Files that `launcher up` would fetch or build first are no
+/// problem, and neither is that a VM runs. Exits with 2 if there is a problem.
 #[derive(Args)]
-#[command(after_help = "Example:\n  launcher check configs/*/vm.toml")]
+#[command(
+    after_help = "Examples:\n  launcher check web/vm.toml\n  launcher check --quick configs/*/vm.toml"
+)]
 pub(super) struct Check {
     /// TOML files of VMs, or the folders of their vm.toml [default: vm.toml]
     vm: Vec<PathBuf>,
+    /// Look at the TOML files alone
+    #[arg(long)]
+    quick: bool,
 }
 
 impl Check {
@@ -23,17 +35,29 @@ impl Check {
         }
         let mut code = exit::DONE;
         for file in vms.into_iter().map(super::file) {
-            match config::load(&file) {
-                Ok(_) => print(&format!("{}: ok\n", file.display()))?,
-                Err(error) => {
-                    if code != exit::DONE {
-                        complain(&"");
-                    }
-                    complain(&error);
-                    code = error.exit;
+            let problems = match config::load(&file) {
+                Ok(_) if self.quick => Vec::new(),
+                Ok(vm) => vm::check(&vm, up::engine()?, runs(&vm))?,
+                Err(error) => vec![error],
+            };
+            if problems.is_empty() {
+                print(&format!("{}: ok\n", file.display()))?;
+            }
+            for problem in problems {
+                if code != exit::DONE {
+                    complain(&"");
                 }
+                complain(&problem);
+                code = exit::USAGE;
             }
         }
         Ok(code)
     }
+}
+
+/// Whether the VM of this file runs. Where that cannot be told, its disks' locks will.
+fn runs(vm: &Vm) -> bool {
+    let owner = Place::of(vm.named.then_some(&*vm.name), &vm.file).and_then(|place| place.owner());
+    let file = vm.file.canonicalize().unwrap_or_else(|_| vm.file.clone());
+    matches!(owner, Ok(Some(owner)) if owner.file == file)
 }

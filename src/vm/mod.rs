@@ -2,6 +2,7 @@
 
 mod acpi;
 mod boot;
+mod check;
 mod console;
 mod control;
 mod cpuid;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 use crate::control::Subject;
 use crate::control::messages::{Event, How};
 
+pub use check::check;
 pub use run::run;
 
 /// How `launcher up` runs a VM, besides what its file says.

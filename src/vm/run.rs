@@ -71,16 +71,11 @@ fn console(config: &Vm, options: &UpOptions, life: &Arc<Life>) -> Result<Option<
     }
     let mut outlets = Vec::new();
     if let Some(path) = &config.console.log {
-        let log = log_file::open(path).map_err(|error| {
-            let what = format!("the console's log {}", path.display());
-            Error::unopenable(&what, &error).about("console.log")
-        })?;
-        if let Some(other) = log_file::same_file(&log, config) {
-            let other = other.display();
-            let message = format!("`console.log` is the same file as {other}");
-            return Err(Error::usage(message)
-                .help("what the guest prints would be written into it: give another file")
-                .about("console.log"));
+        let unopenable = |error| log_file::unopenable(path, &error);
+        let log = log_file::open(path).map_err(unopenable)?;
+        let metadata = log.metadata().map_err(unopenable)?;
+        if let Some(other) = log_file::same_file(&metadata, config) {
+            return Err(log_file::is_same(other));
         }
         outlets.push(Outlet::Log(log));
     }

@@ -47,6 +47,11 @@ pub(crate) fn load(
     }
 }
 
+/// Whether there is something to load at the initrd's path.
+pub(crate) fn check_initrd(path: &Path) -> Result<()> {
+    open_initrd(path).map(drop)
+}
+
 /// All there is of a BIOS: at its reset vector, a write to the reset register in real mode. A
 /// Linux that finds hardware-reduced ACPI and no EFI resets by a jump there.
 fn reset_code() -> [u8; 9] {
@@ -186,16 +191,7 @@ fn load_initrd(
     address_max: u64,
     memory_size: u64,
 ) -> Result<Initrd> {
-    let mut file = open("boot.initrd", "initrd", path)?;
-    let failed = |error: &dyn std::fmt::Display| {
-        let message = format!("cannot read the initrd {}: {error}", path.display());
-        Error::failed(message).about("boot.initrd")
-    };
-    let size = file.metadata().map_err(|error| failed(&error))?.len();
-    if size == 0 {
-        let message = format!("the initrd {} is empty", path.display());
-        return Err(Error::usage(message).about("boot.initrd"));
-    }
+    let (mut file, size) = open_initrd(path)?;
     let top = low_ram_end(memory_size).min(address_max.saturating_add(1));
     let address = top.checked_sub(size).map(|address| address / PAGE * PAGE);
     let address = address
@@ -218,8 +214,29 @@ fn load_initrd(
         })?;
     memory
         .read_exact_volatile_from(GuestAddress(address), &mut file, size as usize)
-        .map_err(|error| failed(&error))?;
+        .map_err(|error| unreadable_initrd(path, &error))?;
     Ok(Initrd { address, size })
+}
+
+/// Opens an initrd that has something in it; also returns its size in bytes.
+fn open_initrd(path: &Path) -> Result<(File, u64)> {
+    let file = open("boot.initrd", "initrd", path)?;
+    let metadata = file.metadata();
+    let size = metadata
+        .map_err(|error| unreadable_initrd(path, &error))?
+        .len();
+    match size {
+        0 => {
+            let message = format!("the initrd {} is empty", path.display());
+            Err(Error::usage(message).about("boot.initrd"))
+        }
+        size => Ok((file, size)),
+    }
+}
+
+fn unreadable_initrd(path: &Path, error: &dyn std::fmt::Display) -> Error {
+    let message = format!("cannot read the initrd {}: {error}", path.display());
+    Error::failed(message).about("boot.initrd")
 }
 
 /// Writes the command line with its NUL. `limit` is the longest that the kernel takes.

@@ -17,8 +17,9 @@ fn refused(key: &'static str, message: String, help: impl Into<Option<String>>) 
 }
 
 impl CreateOptions {
-    /// Checks each option, and all of them together, against the specification.
-    pub(super) fn check(&self) -> Result<(), OpenError> {
+    /// Checks each option, and all of them together, against the specification, as
+    /// [`create`](super::create) does before it writes anything.
+    pub fn check(&self) -> Result<(), OpenError> {
         self.check_numbers()?;
         self.check_version()?;
         self.check_files()
