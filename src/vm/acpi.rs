@@ -17,6 +17,7 @@ use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::layout;
+use crate::config::{ConsoleMode, Vm};
 use crate::devices::power::{
     RESET_OFFSET, RESET_VALUE, S5, SLEEP_CONTROL_OFFSET, SLEEP_STATUS_OFFSET,
 };
@@ -35,36 +36,49 @@ pub(crate) struct Machine {
     pub(crate) serial: bool,
 }
 
+impl Machine {
+    /// What the tables of a VM describe.
+    pub(crate) fn of(config: &Vm) -> Machine {
+        Machine {
+            cpus: config.cpus,
+            serial: config.console.mode != ConsoleMode::Off,
+        }
+    }
+}
+
 /// Writes the tables and returns the address of the root pointer.
 pub(crate) fn write(memory: &GuestMemory, machine: &Machine) -> Result<u64> {
-    let rsdp_address = layout::ACPI.start;
-    let mut next = rsdp_address + Rsdp::len() as u64;
-    let mut place = |table: Vec<u8>| -> Result<u64> {
+    let address = layout::ACPI.start;
+    memory
+        .write_slice(&tables(machine)?, GuestAddress(address))
+        .map_err(|error| Error::failed(format!("cannot write the ACPI tables: {error}")))?;
+    Ok(address)
+}
+
+/// The tables as they lie in memory from [`layout::ACPI`] on, the root pointer first.
+pub(crate) fn tables(machine: &Machine) -> Result<Vec<u8>> {
+    let mut all = vec![0; Rsdp::len()];
+    let mut place = |table: Vec<u8>| {
         // Tables are aligned for readers that care; the standard does not ask for it.
-        let address = next.next_multiple_of(16);
-        next = address + table.len() as u64;
-        if next > layout::ACPI.end {
-            return Err(Error::failed(
-                "the ACPI tables do not fit into the memory kept for them",
-            ));
-        }
-        memory
-            .write_slice(&table, GuestAddress(address))
-            .map_err(|error| Error::failed(format!("cannot write the ACPI tables: {error}")))?;
-        Ok(address)
+        all.resize(all.len().next_multiple_of(16), 0);
+        let address = layout::ACPI.start + all.len() as u64;
+        all.extend(table);
+        address
     };
-    let dsdt = place(dsdt(machine))?;
-    let fadt = place(fadt(dsdt))?;
-    let madt = place(madt(machine.cpus))?;
+    let dsdt = place(dsdt(machine));
+    let fadt = place(fadt(dsdt));
+    let madt = place(madt(machine.cpus));
     let mut xsdt = XSDT::new(OEM_ID, TABLE_ID, REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
-    let xsdt = place(bytes(&xsdt))?;
-    let rsdp = bytes(&Rsdp::new(OEM_ID, xsdt));
-    memory
-        .write_slice(&rsdp, GuestAddress(rsdp_address))
-        .map_err(|error| Error::failed(format!("cannot write the ACPI root pointer: {error}")))?;
-    Ok(rsdp_address)
+    let xsdt = place(bytes(&xsdt));
+    all.splice(..Rsdp::len(), bytes(&Rsdp::new(OEM_ID, xsdt)));
+    if all.len() as u64 > layout::ACPI.end - layout::ACPI.start {
+        return Err(Error::failed(
+            "the ACPI tables do not fit into the memory kept for them",
+        ));
+    }
+    Ok(all)
 }
 
 fn bytes(table: &dyn Aml) -> Vec<u8> {

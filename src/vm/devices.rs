@@ -1,5 +1,6 @@
 //! The virtio devices of a VM: opened once, and plugged into every machine that it boots.
 
+use std::iter;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use formats::{Engine, OpenError};
@@ -10,7 +11,22 @@ use crate::devices::virtio::blk::{Blk, BlkHandle, BlkOptions};
 use crate::devices::virtio::rng::Rng;
 use crate::{Error, Result};
 
-/// The devices, in the order of their PCI addresses: the entropy source, then the disks.
+/// One device of a VM.
+#[derive(Clone, Copy)]
+pub(super) enum Function<'a> {
+    /// The entropy source.
+    Entropy,
+    /// A disk, by its index.
+    Disk(usize, &'a Block),
+}
+
+/// The devices of a VM, in the order of their PCI addresses: the entropy source, then the disks.
+pub(super) fn functions(config: &Vm) -> impl Iterator<Item = Function<'_>> {
+    let disks = config.block.iter().enumerate();
+    iter::once(Function::Entropy).chain(disks.map(|(index, block)| Function::Disk(index, block)))
+}
+
+/// The devices, in the order of their PCI addresses.
 pub(crate) struct Devices {
     all: Vec<SharedDevice>,
     disks: Vec<Plugged>,
@@ -25,12 +41,18 @@ struct Plugged {
 impl Devices {
     /// Opens what the configuration names.
     pub(crate) fn open(config: &Vm, engine: Engine) -> Result<Devices> {
-        let rng = Arc::new(Mutex::new(Rng::new()));
         let mut devices = Devices {
-            all: vec![rng],
+            all: Vec::new(),
             disks: Vec::new(),
         };
-        for (index, block) in config.block.iter().enumerate() {
+        for function in functions(config) {
+            let (index, block) = match function {
+                Function::Entropy => {
+                    devices.all.push(Arc::new(Mutex::new(Rng::new())));
+                    continue;
+                }
+                Function::Disk(index, block) => (index, block),
+            };
             let disk = open_disk(block, engine).map_err(|error| {
                 let key = match error.key {
                     OpenError::HOST => "path",

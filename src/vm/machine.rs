@@ -12,9 +12,9 @@ use super::events::{Events, Outcome};
 use super::kvm::{KvmHypervisor, KvmVm};
 use super::vcpu::{Gate, VcpuModel, Vcpus, World};
 use super::{acpi, layout};
-use crate::config::{ConsoleMode, Vm};
+use crate::config::Vm;
 use crate::devices::bus::Bus;
-use crate::devices::pci::{ConfigPorts, PciBus, Window};
+use crate::devices::pci::{ConfigPorts, PciAddress, PciBus, Window};
 use crate::devices::power::{self, KeyboardController, PowerButton, PowerEvents, PowerRegisters};
 use crate::devices::pvpanic::PvPanic;
 use crate::devices::serial::{self, Serial};
@@ -46,14 +46,7 @@ impl Loaded {
     pub(crate) fn new(kvm: &Kvm, config: &Vm, memory: Arc<GuestMemory>) -> Result<Loaded> {
         let model = VcpuModel::new(kvm, config.cpus)?;
         model.check_memory(config.memory)?;
-        let has_serial = config.console.mode != ConsoleMode::Off;
-        let rsdp = acpi::write(
-            &memory,
-            &acpi::Machine {
-                cpus: config.cpus,
-                serial: has_serial,
-            },
-        )?;
+        let rsdp = acpi::write(&memory, &acpi::Machine::of(config))?;
         let cmdline = boot::cmdline(config);
         let parameters = Parameters {
             memory_size: config.memory,
@@ -111,15 +104,7 @@ impl Loaded {
         let button = PowerButton::new(vm.wire(layout::POWER_BUTTON_IRQ)?);
 
         let hypervisor: Arc<dyn Hypervisor> = Arc::new(KvmHypervisor(Arc::clone(vm)));
-        let mut pci = PciBus::new(layout::PCI_WINDOW, devices.len());
-        for device in devices {
-            let transport = VirtioPci::new(
-                Arc::clone(device),
-                Arc::clone(vm.memory()),
-                Arc::clone(&hypervisor),
-            )?;
-            pci.add(Arc::new(transport))?;
-        }
+        let (pci, _) = plug(devices, vm.memory(), &hypervisor)?;
         let pci = Arc::new(pci);
         at(
             layout::PCI_CONFIG_PORT,
@@ -146,6 +131,25 @@ impl Loaded {
             events,
         })
     }
+}
+
+/// A PCI bus with these devices on it in this order, and where each is.
+pub(super) fn plug(
+    devices: &[SharedDevice],
+    memory: &Arc<GuestMemory>,
+    hypervisor: &Arc<dyn Hypervisor>,
+) -> Result<(PciBus, Vec<PciAddress>)> {
+    let mut pci = PciBus::new(layout::PCI_WINDOW, devices.len());
+    let mut addresses = Vec::with_capacity(devices.len());
+    for device in devices {
+        let transport = VirtioPci::new(
+            Arc::clone(device),
+            Arc::clone(memory),
+            Arc::clone(hypervisor),
+        )?;
+        addresses.push(pci.add(Arc::new(transport))?);
+    }
+    Ok((pci, addresses))
 }
 
 fn no_eventfd(error: io::Error) -> Error {

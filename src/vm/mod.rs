@@ -16,6 +16,7 @@ mod machine;
 mod memory;
 mod run;
 mod session;
+mod shape;
 mod vcpu;
 
 use std::path::PathBuf;
@@ -26,6 +27,7 @@ use crate::control::messages::{Event, How};
 
 pub use check::check;
 pub use run::run;
+pub use shape::{Device, Function, Shape, shape};
 
 /// How `launcher up` runs a VM, besides what its file says.
 #[derive(Clone, Debug, Default)]

@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::{Error, Result};
 
 /// Length of the configuration space, in bytes.
-const LEN: usize = 256;
+pub const LEN: usize = 256;
 /// Vendor ID, device ID.
 const ID: usize = 0x00;
 /// Command register (section 6.2.2).

@@ -50,6 +50,12 @@ pub struct PciAddress {
     pub function: u8,
 }
 
+/// Where the host bridge is.
+pub const HOST_BRIDGE: PciAddress = PciAddress {
+    slot: 0,
+    function: 0,
+};
+
 impl fmt::Display for PciAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "00:{:02x}.{}", self.slot, self.function)
@@ -131,6 +137,15 @@ impl PciBus {
         Ok(address)
     }
 
+    /// The configuration space of a function, as the guest reads it.
+    pub fn config_space(&self, address: PciAddress) -> [u8; config::LEN] {
+        let mut space = [0; config::LEN];
+        for (offset, dword) in (0..=u8::MAX).step_by(4).zip(space.chunks_mut(4)) {
+            self.read_config(address, offset, dword);
+        }
+        space
+    }
+
     /// Guest physical addresses of the devices' BARs.
     pub fn window(&self) -> Range<u64> {
         self.window.clone()
@@ -165,7 +180,7 @@ impl PciBus {
     }
 
     fn read_config(&self, address: PciAddress, offset: u8, data: &mut [u8]) {
-        if address.slot == 0 && address.function == 0 {
+        if address == HOST_BRIDGE {
             return self.bridge.read(offset, data);
         }
         let Some(device) = self.device(address) else {

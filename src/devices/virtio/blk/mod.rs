@@ -16,6 +16,7 @@ mod request;
 mod serve;
 #[cfg(test)]
 mod tests;
+mod unopened;
 mod worker;
 
 use std::fmt;
@@ -41,6 +42,7 @@ use features::{CONFIG_WRITEBACK, Profile, QUEUE_SIZE, SECTOR_SIZE, has};
 pub use counters::{Counter, Counters};
 pub use handle::BlkHandle;
 pub use histogram::{Histogram, Percentiles};
+pub use unopened::Unopened;
 
 /// Most virtqueues of one disk.
 pub const MAX_QUEUES: u16 = 64;
