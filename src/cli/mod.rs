@@ -7,6 +7,7 @@ mod disk;
 mod doctor;
 mod explain;
 mod formats;
+mod lock;
 pub mod log;
 mod logs;
 mod man;
@@ -58,6 +59,7 @@ enum Command {
     Check(check::Check),
     Explain(explain::Explain),
     Schema(schema::Schema),
+    Lock(lock::Lock),
     Formats(formats::Formats),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
@@ -108,6 +110,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Check(check) => check.run(),
         Command::Explain(explain) => explain.run(),
         Command::Schema(schema) => schema.run(),
+        Command::Lock(lock) => lock.run(),
         Command::Formats(formats) => formats.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Completions(completions) => completions.run(),

@@ -13,7 +13,7 @@ use crate::config::{ConsoleMode, Vm};
 use crate::control::messages::{Event, Stopped};
 use crate::control::{Owner, Place, Server};
 use crate::vm::{self, UpOptions};
-use crate::{Error, Result, config};
+use crate::{Error, Result, config, lock};
 use detach::Ready;
 
 /// Boot a VM and stay with it until it ends
@@ -39,6 +39,17 @@ pub(super) struct Up {
     /// Listen at another control socket as well
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// Boot only what the VM's lock file has; see `launcher lock`
+    ///
+    /// What differs is said, all of it, and nothing is booted (exit code 2).
+    #[arg(long)]
+    locked: bool,
+    /// Have every disk as with `ephemeral = true`: what the guest writes is dropped at exit
+    ///
+    /// A disk with `ro = true` stays as it is. `sparse = false` is set aside: for an image that is
+    /// not written, nothing is allocated. Every image must exist.
+    #[arg(long)]
+    ephemeral: bool,
     /// Go on where the host cannot boot an unmodified kernel
     #[arg(long)]
     force: bool,
@@ -69,6 +80,13 @@ impl Up {
         let mut vm = config::load(&super::file(self.vm))?;
         if let Some(name) = &self.name {
             vm.rename(name)?;
+        }
+        if self.locked {
+            lock::check(&vm)?;
+        }
+        if self.ephemeral {
+            // After the check: the lock is of what the file says.
+            vm.drop_what_is_written();
         }
         let place = Place::of(vm.named.then_some(&*vm.name), &vm.file)?;
         let claim = place.claim(&owner(&vm))?;

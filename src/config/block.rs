@@ -86,6 +86,19 @@ impl Block {
             options: self.options.clone(),
         }
     }
+
+    /// As with `ephemeral = true`, unless it is read-only: that it is not to be sparse means
+    /// nothing then.
+    pub(super) fn make_ephemeral(&mut self) {
+        if self.ro {
+            return;
+        }
+        self.ephemeral = true;
+        self.sparse = true;
+        if image_format::is_raw(&self.format) {
+            self.format = formats::raw_for(true).to_owned();
+        }
+    }
 }
 
 impl Block {

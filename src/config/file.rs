@@ -13,7 +13,7 @@ use crate::{Error, Result};
 const LIMIT: u64 = 1 << 20;
 
 /// Reads a regular file of at most [`LIMIT`] bytes.
-pub(super) fn read(path: &Path) -> Result<Vec<u8>> {
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     let shown = path.display();
     let failed = |errno: rustix::io::Errno| {
         let error = Error::usage(format!("cannot read {shown}: {errno}"));

@@ -32,6 +32,7 @@ use formats::Format;
 pub use self::block::Block;
 use self::diagnostic::Diagnostic;
 pub use self::explain::{Entry, Named, entries, find};
+pub(crate) use self::file::read as text;
 pub use self::host_file::HostFile;
 pub use self::image_format::expects;
 pub(crate) use self::kinds::span_parts;

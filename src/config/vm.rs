@@ -87,6 +87,11 @@ impl Vm {
         self.named = true;
         Ok(())
     }
+
+    /// Has every disk that the guest can write dropped what it writes: `launcher up --ephemeral`.
+    pub fn drop_what_is_written(&mut self) {
+        self.block.iter_mut().for_each(Block::make_ephemeral);
+    }
 }
 
 /// A name, if it is a good one.

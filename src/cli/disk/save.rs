@@ -2,15 +2,14 @@
 //! as it is.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 
 use toml_edit::{DocumentMut, Item, TableLike, Value};
 
 use super::image::text;
 use crate::config::size;
-use crate::{Error, Result};
+use crate::{Error, Result, durable};
 
 /// Sets the `size` of the disk `index` in a VM's file to `bytes`.
 ///
@@ -33,7 +32,7 @@ pub(super) fn save(file: &Path, index: usize, bytes: u64) -> Result<()> {
     })?;
     match new == old {
         true => Ok(()),
-        false => replace(file, &new).map_err(|error| failed(&error)),
+        false => durable::replace(file, &new).map_err(|error| failed(&error)),
     }
 }
 
@@ -100,49 +99,10 @@ fn with_size(text: &str, index: usize, bytes: u64) -> Option<String> {
     Some(format!("{mark}{new}"))
 }
 
-/// Puts a text in the place of a file's, at once.
-fn replace(file: &Path, text: &str) -> io::Result<()> {
-    let file = fs::canonicalize(file)?;
-    let meta = fs::metadata(&file)?;
-    // Else a file that is not to be written would be exchanged all the same.
-    drop(File::options().write(true).open(&file)?);
-    let temporary = beside(&file)?;
-    let written = write(&temporary, &meta, text).and_then(|()| fs::rename(&temporary, &file));
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary);
-    }
-    written?;
-    // The name is durable when its directory is. Some directories cannot be synchronised.
-    if let Some(directory) = file.parent().and_then(|parent| File::open(parent).ok()) {
-        let _ = directory.sync_all();
-    }
-    Ok(())
-}
-
-/// A name for a file in the same directory, of this process alone.
-fn beside(file: &Path) -> io::Result<PathBuf> {
-    let name = file.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    let name = format!(".{}.{}", name.to_string_lossy(), std::process::id());
-    Ok(file.with_file_name(name))
-}
-
-fn write(path: &Path, like: &fs::Metadata, text: &str) -> io::Result<()> {
-    let mut new = File::options()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)?;
-    new.write_all(text.as_bytes())?;
-    let own = new.metadata()?;
-    if (own.uid(), own.gid()) != (like.uid(), like.gid()) {
-        fchown(&new, Some(like.uid()), Some(like.gid()))?;
-    }
-    new.set_permissions(fs::Permissions::from_mode(like.mode() & 0o7777))?;
-    new.sync_all()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
     use super::*;
 
     const GIB: u64 = 1 << 30;

@@ -32,8 +32,14 @@ pub(super) fn start(up: &Up) -> Result<u8> {
         .args(["up", "--ready", &fd.to_string()])
         .stdin(Stdio::null())
         .stdout(Stdio::null());
-    if up.force {
-        command.arg("--force");
+    for (given, flag) in [
+        (up.force, "--force"),
+        (up.locked, "--locked"),
+        (up.ephemeral, "--ephemeral"),
+    ] {
+        if given {
+            command.arg(flag);
+        }
     }
     if let Some(name) = &up.name {
         command.arg(format!("--name={name}"));

@@ -1,0 +1,55 @@
+//! `launcher lock`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::output::{complain, print};
+use crate::{Result, config, exit, lock};
+
+/// Lock what a VM boots from, and the machine its guest finds
+///
+/// Writes the lock file beside the VM's: `vm.lock` for `vm.toml`. It has the digests of all files
+/// that the VM never writes (kernel, initrd, read-only and ephemeral images, backing files),
+/// format and size of the others, vCPUs, memory, the kernel's command line, what is at each PCI
+/// address, and the digests of the ACPI tables and of the PCI configuration spaces. Check it in:
+/// `launcher up --locked` then boots the same VM everywhere, or says what differs.
+#[derive(Args)]
+#[command(after_help = "Examples:\n  launcher lock vm.toml\n  launcher lock --check vm.toml")]
+pub(super) struct Lock {
+    /// TOML file of the VM, or the folder of its vm.toml [default: vm.toml]
+    vm: Option<PathBuf>,
+    /// Write nothing: compare the VM with its lock, and exit with 2 if anything differs. Nothing
+    /// is executed or fetched
+    ///
+    /// A disk that the VM writes may have any content. Its size is compared with the `size` of
+    /// the VM's file; where there is none, an image that has grown is no difference, one that has
+    /// shrunk is. That another launcher wrote the lock is said, but no difference.
+    #[arg(long)]
+    check: bool,
+}
+
+impl Lock {
+    pub(super) fn run(self) -> Result<u8> {
+        let vm = config::load(&super::file(self.vm))?;
+        let place = lock::place(&vm.file)?;
+        let (file, place) = (vm.file.display(), place.display());
+        if !self.check {
+            let what = match lock::write(&vm)? {
+                true => format!("wrote {place}\n"),
+                false => format!("{place} is up to date\n"),
+            };
+            print(&what)?;
+            return Ok(exit::DONE);
+        }
+        let drift = lock::compare(&vm)?;
+        if !drift.is_none() {
+            return Err(drift.error(&vm));
+        }
+        if let Some(note) = drift.note() {
+            complain(&format!("note: {note}"));
+        }
+        print(&format!("{file}: as {place} has it\n"))?;
+        Ok(exit::DONE)
+    }
+}
