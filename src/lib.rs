@@ -15,6 +15,7 @@ pub mod exit;
 mod lock;
 pub mod messages;
 mod progress;
+mod reset;
 pub(crate) mod resize;
 mod signals;
 mod stdout;

@@ -15,6 +15,7 @@ mod orders;
 mod output;
 mod ps;
 mod schema;
+mod reset;
 mod span;
 mod status;
 mod target;
@@ -56,6 +57,7 @@ enum Command {
     Resume(orders::Resume),
     Wait(wait::Wait),
     Disk(disk::Disk),
+    Reset(reset::Reset),
     Check(check::Check),
     Explain(explain::Explain),
     Schema(schema::Schema),
@@ -107,6 +109,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Resume(resume) => resume.run(),
         Command::Wait(wait) => wait.run(),
         Command::Disk(disk) => disk.run(),
+        Command::Reset(reset) => reset.run(),
         Command::Check(check) => check.run(),
         Command::Explain(explain) => explain.run(),
         Command::Schema(schema) => schema.run(),

@@ -133,7 +133,7 @@ impl Up {
 }
 
 /// This process, as the owner of a VM.
-fn owner(vm: &Vm) -> Owner {
+pub(super) fn owner(vm: &Vm) -> Owner {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     Owner {
         pid: std::process::id(),
