@@ -1,15 +1,15 @@
 //! `launcher stop`, `kill`, `reboot`, `pause` and `resume`: orders to one VM or to several at
 //! once.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use clap::Args;
 
 use super::output::{complain, print};
-use super::span;
 use super::target::{Target, ask};
+use super::{fleet, span};
 use crate::control::messages::{How, Order, Stopped};
 use crate::{Error, Result, exit};
 
@@ -18,7 +18,7 @@ use crate::{Error, Result, exit};
 /// A guest that has not powered off in time is ended by force, its disks flushed. Which of the
 /// two it was is printed.
 #[derive(Args)]
-#[command(after_help = "Example:\n  launcher stop web --timeout 2m")]
+#[command(after_help = "Examples:\n  launcher stop web --timeout 2m\n  launcher stop --all fleet")]
 pub(super) struct Stop {
     #[command(flatten)]
     vms: Vms,
@@ -65,6 +65,9 @@ struct Vms {
     /// TOML files of VMs, the folders of their vm.toml, or their names
     /// [default: vm.toml]
     vm: Vec<PathBuf>,
+    /// Those of a folder that run: of each *.toml in it, and the vm.toml of each folder in it
+    #[arg(long, value_name = "DIR", conflicts_with = "vm")]
+    all: Option<PathBuf>,
 }
 
 impl Stop {
@@ -106,7 +109,10 @@ impl Vms {
     /// Does the same to every VM, all at once, and prints what comes of it in their order. The
     /// exit code is that of the first that failed.
     fn each(self, act: impl Fn(&Target) -> Result<String> + Sync) -> Result<u8> {
-        let mut vms: Vec<_> = self.vm.into_iter().map(Some).collect();
+        let mut vms: Vec<_> = match self.all {
+            Some(folder) => running(&folder)?.into_iter().map(Some).collect(),
+            None => self.vm.into_iter().map(Some).collect(),
+        };
         if vms.is_empty() {
             vms.push(None);
         }
@@ -135,6 +141,26 @@ impl Vms {
             }
             Ok(code)
         })
+    }
+}
+
+/// The files of a folder's VMs that run, of which there must be one.
+fn running(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for file in fleet::files(folder)? {
+        if Target::of(Some(file.clone()))?.is_running() {
+            files.push(file);
+        }
+    }
+    match files.is_empty() {
+        false => Ok(files),
+        true => {
+            let folder = folder.display();
+            let mut error = Error::failed(format!("no VM of the folder {folder} is running"))
+                .help(format!("start them with `launcher up --all {folder}`"));
+            error.exit = exit::NOT_RUNNING;
+            Err(error)
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! `launcher up`.
 
 mod detach;
+mod several;
 
 use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -8,7 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use clap::{Args, ValueEnum};
 use formats::Engine;
 
-use super::span;
+use super::{fleet, span};
 use crate::config::{ConsoleMode, Vm};
 use crate::control::messages::{Event, Stopped};
 use crate::control::{Owner, Place, Server};
@@ -16,19 +17,25 @@ use crate::vm::{self, UpOptions};
 use crate::{Error, Result, config, lock};
 use detach::Ready;
 
-/// Boot a VM and stay with it until it ends
+/// Boot a VM and stay with it until it ends, or boot several and leave them running
+///
+/// Of several VMs all files are checked before the first starts. Each then runs in a process of
+/// its own, as with --detach. The exit code is that of the first that failed.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  launcher up vm.toml\n  launcher up --detach --wait boot vm.toml"
+    after_help = "Examples:\n  launcher up vm.toml\n  launcher up --detach --wait boot vm.toml\n  launcher up web.toml db.toml\n  launcher up --all fleet --wait boot"
 )]
 pub(super) struct Up {
-    /// TOML file of the VM, or the folder of its vm.toml [default: vm.toml]
-    vm: Option<PathBuf>,
+    /// TOML files of VMs, or the folders of their vm.toml [default: vm.toml]
+    vm: Vec<PathBuf>,
+    /// Boot every VM of a folder: each *.toml in it, and the vm.toml of each folder in it
+    #[arg(long, value_name = "DIR", conflicts_with = "vm")]
+    all: Option<PathBuf>,
     /// Return once the VM runs, and leave it running
     #[arg(short, long)]
     detach: bool,
-    /// With --detach, return only once the guest is up; see `console.ready`
-    #[arg(long, value_name = "WHAT", requires = "detach")]
+    /// With --detach or of several, return only once each guest is up; see `console.ready`
+    #[arg(long, value_name = "WHAT")]
     wait: Option<Wait>,
     /// How long to wait for that
     #[arg(long, value_name = "TIME", default_value = "120s", value_parser = span::parse)]
@@ -66,10 +73,23 @@ enum Wait {
 }
 
 impl Up {
-    pub(super) fn run(self) -> Result<u8> {
-        match self.detach {
-            true => detach::start(&self),
-            false => self.stay(),
+    pub(super) fn run(mut self) -> Result<u8> {
+        let several = match &self.all {
+            Some(folder) => Some(fleet::files(folder)?),
+            None if self.vm.len() > 1 => {
+                let files = std::mem::take(&mut self.vm).into_iter();
+                Some(files.map(|vm| super::file(Some(vm))).collect())
+            }
+            None => None,
+        };
+        match several {
+            Some(files) => several::start(&self, &files),
+            None if self.detach => detach::start(&self, self.vm.first().map(|vm| &**vm)),
+            None if self.wait.is_some() => Err(Error::usage(
+                "`--wait` is given without `--detach`, expected both",
+            )
+            .help("a VM in the foreground shows when its guest is up")),
+            None => self.stay(),
         }
     }
 
@@ -77,7 +97,7 @@ impl Up {
     fn stay(self) -> Result<u8> {
         let engine = engine()?;
         let ready = self.ready.map(Ready::inherited).transpose()?;
-        let mut vm = config::load(&super::file(self.vm))?;
+        let mut vm = config::load(&super::file(self.vm.into_iter().next()))?;
         if let Some(name) = &self.name {
             vm.rename(name)?;
         }

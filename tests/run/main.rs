@@ -8,5 +8,6 @@ mod control;
 mod detach;
 mod kernel;
 mod lifecycle;
+mod several;
 mod terminal;
 mod vm;

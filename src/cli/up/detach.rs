@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, PipeReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
@@ -23,54 +24,92 @@ const RUNNING: u8 = b'R';
 const BOOTED: u8 = b'B';
 
 /// Starts the process and waits until its VM runs, or is up.
-pub(super) fn start(up: &Up) -> Result<u8> {
-    let (mut told, tell) = io::pipe().map_err(failed("make a pipe"))?;
-    let fd = tell.as_raw_fd();
-    let mut command = Command::new("/proc/self/exe");
-    command
-        .arg0("launcher")
-        .args(["up", "--ready", &fd.to_string()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null());
-    for (given, flag) in [
-        (up.force, "--force"),
-        (up.locked, "--locked"),
-        (up.ephemeral, "--ephemeral"),
-    ] {
-        if given {
-            command.arg(flag);
-        }
-    }
-    if let Some(name) = &up.name {
-        command.arg(format!("--name={name}"));
-    }
-    if let Some(socket) = &up.socket {
-        command.arg("--socket").arg(socket);
-    }
-    if let Some(vm) = &up.vm {
-        command.arg("--").arg(vm);
-    }
-    let begin = move || {
-        setsid()?;
-        set_parent_process_death_signal(Some(Signal::TERM))?;
-        keep_no_files();
-        // SAFETY: the pipe is open: the process that was forked has not closed it, nor does this.
-        let tell = unsafe { rustix::fd::BorrowedFd::borrow_raw(fd) };
-        rustix::io::fcntl_setfd(tell, FdFlags::empty())?;
-        Ok(())
-    };
-    // SAFETY: four system calls, which are async-signal-safe; nothing is allocated or locked.
-    unsafe { command.pre_exec(begin) };
-    let child = command.spawn().map_err(failed("start a process"))?;
-    drop(tell);
-    match next(&mut told, None)? {
-        Some(RUNNING) => {}
+pub(super) fn start(up: &Up, vm: Option<&Path>) -> Result<u8> {
+    let mut detached = Detached::spawn(up, vm, Stdio::inherit())?;
+    match next(&mut detached.told, None)? {
+        Some(RUNNING) => detached.wait(up),
         // It has told the user why.
-        _ => return ended(child),
+        _ => ended(detached.child),
     }
-    match up.wait {
-        None => Ok(exit::DONE),
-        Some(Wait::Boot) => wait_for_boot(up, child, &mut told),
+}
+
+/// Starts the process and waits until its VM runs, as one of several: what it says meanwhile is
+/// returned. Without a [`Detached`] it has ended, with this exit code.
+pub(super) fn running(up: &Up, vm: &Path) -> Result<(u8, String, Option<Detached>)> {
+    /// More than anything says; the rest is read and forgotten.
+    const MOST: u64 = 1 << 20;
+    let mut detached = Detached::spawn(up, Some(vm), Stdio::piped())?;
+    let mut said = Vec::new();
+    if let Some(mut errors) = detached.child.stderr.take() {
+        // They go to a file as soon as the VM runs: that is the end.
+        let read = errors.by_ref().take(MOST).read_to_end(&mut said);
+        read.and_then(|_| io::copy(&mut errors, &mut io::sink()))
+            .map_err(failed("read from a pipe"))?;
+    }
+    let said = String::from_utf8_lossy(&said).trim_end().to_owned();
+    match next(&mut detached.told, None)? {
+        Some(RUNNING) => Ok((exit::DONE, said, Some(detached))),
+        _ => Ok((ended(detached.child)?, said, None)),
+    }
+}
+
+/// The process, and what it tells.
+pub(super) struct Detached {
+    child: Child,
+    told: PipeReader,
+}
+
+impl Detached {
+    fn spawn(up: &Up, vm: Option<&Path>, errors: Stdio) -> Result<Detached> {
+        let (told, tell) = io::pipe().map_err(failed("make a pipe"))?;
+        let fd = tell.as_raw_fd();
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .arg0("launcher")
+            .args(["up", "--ready", &fd.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(errors);
+        for (given, flag) in [
+            (up.force, "--force"),
+            (up.locked, "--locked"),
+            (up.ephemeral, "--ephemeral"),
+        ] {
+            if given {
+                command.arg(flag);
+            }
+        }
+        if let Some(name) = &up.name {
+            command.arg(format!("--name={name}"));
+        }
+        if let Some(socket) = &up.socket {
+            command.arg("--socket").arg(socket);
+        }
+        if let Some(vm) = vm {
+            command.arg("--").arg(vm);
+        }
+        let begin = move || {
+            setsid()?;
+            set_parent_process_death_signal(Some(Signal::TERM))?;
+            keep_no_files();
+            // SAFETY: the pipe is open: the process that was forked has not closed it, nor does
+            // this.
+            let tell = unsafe { rustix::fd::BorrowedFd::borrow_raw(fd) };
+            rustix::io::fcntl_setfd(tell, FdFlags::empty())?;
+            Ok(())
+        };
+        // SAFETY: four system calls, which are async-signal-safe; nothing is allocated or locked.
+        unsafe { command.pre_exec(begin) };
+        let child = command.spawn().map_err(failed("start a process"))?;
+        Ok(Detached { child, told })
+    }
+
+    /// Its VM runs: waits for what is to be waited for.
+    pub(super) fn wait(mut self, up: &Up) -> Result<u8> {
+        match up.wait {
+            None => Ok(exit::DONE),
+            Some(Wait::Boot) => wait_for_boot(up, self.child, &mut self.told),
+        }
     }
 }
 

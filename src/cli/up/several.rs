@@ -1,0 +1,161 @@
+//! `launcher up` of several VMs: all are looked at before the first starts, then each runs in a
+//! process of its own.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::thread;
+
+use super::Up;
+use super::detach;
+use crate::cli::output::{complain, print};
+use crate::config::{self, Vm};
+use crate::control::Place;
+use crate::{Error, Result, exit};
+
+/// Starts the VMs of these files, and says of each when it runs, or is up. The exit code is that
+/// of the first in their order that failed.
+pub(super) fn start(up: &Up, files: &[PathBuf]) -> Result<u8> {
+    for (option, given) in [("name", up.name.is_some()), ("socket", up.socket.is_some())] {
+        if given {
+            let message = format!(
+                "`--{option}` is given for {} VMs, expected one",
+                files.len()
+            );
+            return Err(Error::usage(message));
+        }
+    }
+    let Some(vms) = loaded(files) else {
+        return Ok(exit::USAGE);
+    };
+    each_has_its_place(&vms)?;
+    let slots = Slots::new(thread::available_parallelism().map_or(2, |cpus| cpus.get() * 2));
+    let (ended, ends) = mpsc::channel();
+    let mut codes = vec![exit::DONE; vms.len()];
+    thread::scope(|scope| {
+        for (index, vm) in vms.iter().enumerate() {
+            let (slots, ended) = (&slots, ended.clone());
+            let one = move || {
+                // A receiver that is gone has given up on all of them.
+                let _ = ended.send((index, one(up, &vm.file, slots)));
+            };
+            thread::Builder::new()
+                .spawn_scoped(scope, one)
+                .map_err(|error| Error::failed(format!("cannot start a thread: {error}")))?;
+        }
+        drop(ended);
+        for (index, end) in ends {
+            let vm = &vms[index];
+            match end {
+                Ok(()) => {
+                    let is = if up.wait.is_some() { "is up" } else { "runs" };
+                    print(&format!("{} {is}\n", vm.name))?;
+                }
+                Err(failure) => {
+                    let (name, file) = (&vm.name, vm.file.display());
+                    complain(&format!("`{name}` of {file}:\n{}", failure.said));
+                    codes[index] = failure.exit;
+                }
+            }
+        }
+        Ok::<_, Error>(())
+    })?;
+    let failed = codes.into_iter().find(|code| *code != exit::DONE);
+    Ok(failed.unwrap_or(exit::DONE))
+}
+
+/// Reads all files; after an error in any, which is shown, `None`.
+fn loaded(files: &[PathBuf]) -> Option<Vec<Vm>> {
+    let mut vms = Some(Vec::new());
+    for file in files {
+        match config::load(file) {
+            Ok(vm) => vms = vms.map(|vms| [vms, vec![vm]].concat()),
+            Err(error) => {
+                complain(&format!("{error}\n"));
+                vms = None;
+            }
+        }
+    }
+    vms
+}
+
+/// No two have the same name, and with it the same socket and logs.
+fn each_has_its_place(vms: &[Vm]) -> Result<()> {
+    let mut places = BTreeMap::new();
+    for vm in vms {
+        let place = Place::of(vm.named.then_some(&*vm.name), &vm.file)?;
+        let Some(first) = places.insert(place, vm) else {
+            continue;
+        };
+        let (name, one, other) = (&vm.name, first.file.display(), vm.file.display());
+        let same = |one: &Path, other: &Path| one.canonicalize().ok() == other.canonicalize().ok();
+        return Err(match same(&first.file, &vm.file) {
+            true => Error::usage(format!("the VM {other} is named twice, expected once")),
+            false => Error::usage(format!("{one} and {other} are both called `{name}`"))
+                .help("give one of them another `name`: socket and logs go by it"),
+        });
+    }
+    Ok(())
+}
+
+/// Why a VM is not up.
+struct Failure {
+    exit: u8,
+    said: String,
+}
+
+fn one(up: &Up, file: &Path, slots: &Slots) -> Result<(), Failure> {
+    let failure = |error: Error| Failure {
+        exit: error.exit,
+        said: error.to_string(),
+    };
+    let slot = slots.take();
+    let (code, mut said, detached) = detach::running(up, file).map_err(failure)?;
+    drop(slot);
+    let code = match detached {
+        None => code,
+        Some(detached) => detached.wait(up).map_err(failure)?,
+    };
+    if code == exit::DONE {
+        if !said.is_empty() {
+            complain(&said);
+        }
+        return Ok(());
+    }
+    if said.is_empty() {
+        said = format!("error: it has ended with exit code {code}");
+    }
+    Err(Failure { exit: code, said })
+}
+
+/// How many VMs start at a time: a start is kernels read, memory mapped and images allocated.
+struct Slots {
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+struct Slot<'a>(&'a Slots);
+
+impl Slots {
+    fn new(count: usize) -> Slots {
+        Slots {
+            free: Mutex::new(count),
+            freed: Condvar::new(),
+        }
+    }
+
+    fn take(&self) -> Slot<'_> {
+        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = self.freed.wait_while(free, |free| *free == 0);
+        *free.unwrap_or_else(PoisonError::into_inner) -= 1;
+        Slot(self)
+    }
+}
+
+impl Drop for Slot<'_> {
+    fn drop(&mut self) {
+        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.0.freed.notify_one();
+    }
+}
