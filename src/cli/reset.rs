@@ -82,8 +82,8 @@ impl Reset {
         }
         let kept = |(_, overlay): &&(usize, Overlay)| overlay.snapshots() > 0;
         if let Some((_, overlay)) = overlays.iter().find(kept) {
-            let (path, count) = (overlay.path().display(), overlay.snapshots());
-            let message = format!("`{path}` has {count} internal snapshots, which would go too");
+            let (path, count) = (overlay.path().display(), snapshots(overlay.snapshots()));
+            let message = format!("`{path}` has {count}, which would go too");
             return Err(Error::usage(message)
                 .help("say `--yes` if they may; `launcher disk snapshot list` shows them"));
         }
@@ -129,7 +129,8 @@ fn shown(plans: &[(usize, String, Plan)]) -> String {
                     match overlay.snapshots() {
                         0 => format!("{size} would be dropped: back to {base}"),
                         count => format!(
-                            "{size} and {count} internal snapshots would be dropped: back to {base}"
+                            "{size} and {} would be dropped: back to {base}",
+                            snapshots(count)
                         ),
                     }
                 }
@@ -138,6 +139,13 @@ fn shown(plans: &[(usize, String, Plan)]) -> String {
         })
         .collect();
     table(&rows)
+}
+
+fn snapshots(count: u32) -> String {
+    match count {
+        1 => "1 internal snapshot".to_owned(),
+        count => format!("{count} internal snapshots"),
+    }
 }
 
 fn refused(vm: &Vm, index: usize, error: formats::OpenError) -> Error {

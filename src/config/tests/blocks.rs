@@ -73,6 +73,29 @@ fn one_image_may_be_read_by_many_disks() {
 }
 
 #[test]
+fn all_disks_are_made_ephemeral_but_the_read_only_ones() {
+    let mut vm = vm(&format!(
+        "{BOOT}[[block]]\npath = 'a.img'\nsparse = false\n[[block]]\npath = 'b.img'\nro = true\n\
+         [[block]]\npath = 'c.qcow2'\nsparse = false\n[[block]]\npath = 'd.img'\nephemeral = true\n"
+    ));
+    vm.drop_what_is_written();
+    let made: Vec<_> = vm
+        .block
+        .iter()
+        .map(|disk| (&*disk.format, disk.ro, disk.ephemeral, disk.sparse))
+        .collect();
+    assert_eq!(
+        made,
+        [
+            ("sparse-raw", false, true, true),
+            ("sparse-raw", true, false, true),
+            ("qcow2", false, true, true),
+            ("sparse-raw", false, true, true),
+        ]
+    );
+}
+
+#[test]
 fn a_path_written_in_two_ways_is_one_image() {
     let error = disk_error("[[block]]\npath = 'a.img'\n[[block]]\npath = './/a.img'");
     assert_eq!(
