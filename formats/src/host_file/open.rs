@@ -19,11 +19,17 @@ impl HostFile {
     /// Opens the file or block device of an image, and locks it. Its size is as it is.
     pub fn open(ring: &Ring, image: &Image) -> Result<HostFile, OpenError> {
         let path = image.path.display();
-        let (fd, kind, stat) = open_file(image)?;
-        let lock = match image.lock {
-            true => Some(lock::lock(fd.as_fd(), &image.path, image.ro)?),
-            false => None,
-        };
+        let (mut fd, mut kind, mut stat) = open_file(image)?;
+        let mut lock = None;
+        if image.lock {
+            lock = Some(lock::lock(fd.as_fd(), &image.path, image.ro)?);
+            // Who puts another file in its place does so under its lock: then this one is nobody's
+            // any more, and what would be written to it lost.
+            while is_replaced(image, &stat) {
+                (fd, kind, stat) = open_file(image)?;
+                lock = Some(lock::lock(fd.as_fd(), &image.path, image.ro)?);
+            }
+        }
         let direct = match image.o_direct {
             true => Some(alignment(image, &fd, kind)?),
             false => None,
@@ -53,6 +59,12 @@ impl HostFile {
             no_zero_range: Cell::new(false),
         })
     }
+}
+
+/// Whether the image's name is that of another file by now.
+fn is_replaced(image: &Image, stat: &Stat) -> bool {
+    let now = rustix::fs::stat(&image.path);
+    now.is_ok_and(|now| (now.st_dev, now.st_ino) != (stat.st_dev, stat.st_ino))
 }
 
 /// Opens what an image lies in, which is a file or a block device.

@@ -515,3 +515,33 @@ fn qemu_img_does_not_write_to_an_image_that_we_have_open() {
     }
     assert!(resize());
 }
+
+#[test]
+fn of_an_image_that_is_replaced_under_its_lock_the_new_one_is_opened() {
+    const TIMES: usize = 300;
+    let (directory, path) = shared_image();
+    let (fresh, replaced) = (directory.path().join("fresh"), path.clone());
+    let replacing = std::thread::spawn(move || {
+        let ring = ring();
+        for _ in 0..TIMES {
+            fs::write(&fresh, [0; 4096]).unwrap();
+            let Ok(held) = HostFile::open(&ring, &image(&replaced)) else {
+                continue;
+            };
+            fs::rename(&fresh, &replaced).unwrap();
+            drop(held);
+        }
+    });
+    let ring = ring();
+    let mut opened = 0;
+    while !replacing.is_finished() || opened == 0 {
+        // It is locked most of the time.
+        let Ok(file) = HostFile::open(&ring, &image(&path)) else {
+            continue;
+        };
+        let own = rustix::fs::fstat(file.file()).unwrap().st_ino;
+        assert_eq!(own, fs::metadata(&path).unwrap().ino());
+        opened += 1;
+    }
+    replacing.join().unwrap();
+}
