@@ -173,11 +173,20 @@ impl Overlay {
             ..self.image.clone()
         };
         let held = HostFile::open(ring, &locked)?;
-        // Under the lock it does not change any more.
+        // Under the lock it does not change any more. Nobody has been asked about anything else.
         let unreadable = |error| failed("read", &self.image.path, &error);
         let mut file = File::open(&self.path).map_err(unreadable)?;
         let old = file.metadata().map_err(unreadable)?;
         let header = header(&mut file, &self.image)?;
+        let about = |header: &Header| (header.nb_snapshots, header.backing_file.clone());
+        if about(&header) != about(&self.header) {
+            let message = format!("`{}` has changed meanwhile", self.image.path.display());
+            return Err(wrong(
+                OpenError::HOST,
+                message,
+                Some("look at it, and try again"),
+            ));
+        }
         let mut fresh = self.path.file_name().unwrap_or_default().to_owned();
         fresh.push(".reset");
         let mut name = std::ffi::OsString::from(".");

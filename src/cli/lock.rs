@@ -13,18 +13,15 @@ use crate::{Result, config, exit, lock};
 /// that the VM never writes (kernel, initrd, read-only and ephemeral images, backing files),
 /// format and size of the others, vCPUs, memory, the kernel's command line, what is at each PCI
 /// address, and the digests of the ACPI tables and of the PCI configuration spaces. Check it in:
-/// `launcher up --locked` then boots the same VM everywhere, or says what differs.
+/// `launcher up --locked` then boots the same VM everywhere, or says what differs. docs/lock.md
+/// says what counts as a difference.
 #[derive(Args)]
 #[command(after_help = "Examples:\n  launcher lock vm.toml\n  launcher lock --check vm.toml")]
 pub(super) struct Lock {
     /// TOML file of the VM, or the folder of its vm.toml [default: vm.toml]
     vm: Option<PathBuf>,
-    /// Write nothing: compare the VM with its lock, and exit with 2 if anything differs. Nothing
-    /// is executed or fetched
-    ///
-    /// A disk that the VM writes may have any content. Its size is compared with the `size` of
-    /// the VM's file; where there is none, an image that has grown is no difference, one that has
-    /// shrunk is. That another launcher wrote the lock is said, but no difference.
+    /// Write nothing: compare the VM with its lock, and exit with 2 if anything differs, which is
+    /// said. Nothing is executed or fetched
     #[arg(long)]
     check: bool,
 }

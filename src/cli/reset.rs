@@ -25,10 +25,8 @@ use crate::{Error, Result, exit};
 pub(super) struct Reset {
     /// TOML file of the VM, the folder of its vm.toml, or its name [default: vm.toml]
     vm: Option<PathBuf>,
-    /// Do not ask, and drop internal snapshots of the overlays too
-    ///
-    /// Needed where there is no terminal to ask on, and for an overlay with internal snapshots:
-    /// these were made to be kept.
+    /// Do not ask. Needed where there is no terminal to ask on, and for an overlay with internal
+    /// snapshots: these were made to be kept, and go too
     #[arg(short, long)]
     yes: bool,
 }

@@ -46,15 +46,13 @@ pub(super) struct Up {
     /// Listen at another control socket as well
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
-    /// Boot only what the VM's lock file has; see `launcher lock`
-    ///
-    /// What differs is said, all of it, and nothing is booted (exit code 2).
+    /// Boot only what the VM's lock file has; see `launcher lock`. If anything differs, all of it
+    /// is said, and nothing is booted (exit code 2)
     #[arg(long)]
     locked: bool,
-    /// Have every disk as with `ephemeral = true`: what the guest writes is dropped at exit
-    ///
-    /// A disk with `ro = true` stays as it is. `sparse = false` is set aside: for an image that is
-    /// not written, nothing is allocated. Every image must exist.
+    /// Have every disk as with `ephemeral = true`: what the guest writes is dropped at exit. A disk
+    /// with `ro = true` stays as it is; `sparse = false` is set aside, as nothing is allocated for
+    /// an image that is not written. Every image must exist
     #[arg(long)]
     ephemeral: bool,
     /// Go on where the host cannot boot an unmodified kernel

@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 use std::fmt::{Display, Write};
 
-use super::contents::{Disk, Input, Lock, Missing};
+use super::contents::{Disk, Input, Lock};
+use super::gather::Missing;
 use super::place;
 use crate::config::{Vm, size};
 use crate::{Error, Result};

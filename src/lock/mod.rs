@@ -5,6 +5,8 @@
 mod chain;
 mod contents;
 mod drift;
+mod gather;
+mod text;
 
 use std::path::{Path, PathBuf};
 
