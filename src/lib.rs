@@ -18,6 +18,7 @@ mod progress;
 mod reset;
 pub(crate) mod resize;
 mod signals;
+mod sources;
 mod stdout;
 pub mod terminal;
 pub mod vm;

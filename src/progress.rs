@@ -44,6 +44,15 @@ pub(crate) fn hashing() -> impl Fn(&Progress<'_>) {
     shown(&HASHING)
 }
 
+/// As [`hook`], for a file that is fetched; its size may not be known.
+pub(crate) fn fetching(size_known: bool) -> impl Fn(&Progress<'_>) {
+    shown(if size_known {
+        &FETCHING
+    } else {
+        &FETCHING_UNSIZED
+    })
+}
+
 /// What takes long.
 struct Task {
     /// For [`ProgressStyle`].
@@ -58,6 +67,19 @@ static ALLOCATING: Task = Task {
         let mib = progress.total.div_ceil(1 << 20);
         format!("launcher: allocating {mib} MiB for {}", name(progress.path))
     },
+};
+
+static FETCHING: Task = Task {
+    style: "fetching {prefix} [{bar:30}] {binary_bytes} of {binary_total_bytes}{msg}",
+    line: |progress| {
+        let mib = progress.total.div_ceil(1 << 20);
+        format!("launcher: fetching {mib} MiB for {}", name(progress.path))
+    },
+};
+
+static FETCHING_UNSIZED: Task = Task {
+    style: "fetching {prefix} {spinner} {binary_bytes}",
+    line: |progress| format!("launcher: fetching {}", name(progress.path)),
 };
 
 static CHECKING: Task = Task {

@@ -73,6 +73,55 @@ impl Signals {
     }
 }
 
+/// The keys of a terminal that end a process, which mean nothing to this one while this is there:
+/// as while system(3) waits for another.
+pub(crate) struct KeysIgnored(Actions);
+
+/// What SIGINT and SIGQUIT do.
+#[derive(Clone, Copy)]
+pub(crate) struct Actions([libc::sigaction; 2]);
+
+const KEYS: [libc::c_int; 2] = [libc::SIGINT, libc::SIGQUIT];
+
+impl KeysIgnored {
+    /// Ignores them from now on.
+    pub(crate) fn begin() -> Self {
+        KeysIgnored(Actions(KEYS.map(|signal| {
+            // SAFETY: all zeroes is a valid `sigaction`: no flags, no mask.
+            let mut before: libc::sigaction = unsafe { std::mem::zeroed() };
+            let ignore = libc::sigaction {
+                sa_sigaction: libc::SIG_IGN,
+                ..before
+            };
+            // SAFETY: both are valid; to ignore a signal runs no handler.
+            unsafe { libc::sigaction(signal, &ignore, &mut before) };
+            before
+        })))
+    }
+
+    /// What they did before, for a process that is started meanwhile.
+    pub(crate) fn before(&self) -> Actions {
+        self.0
+    }
+}
+
+impl Drop for KeysIgnored {
+    fn drop(&mut self) {
+        self.0.set();
+    }
+}
+
+impl Actions {
+    /// Has the signals do this. Two system calls, which are async-signal-safe.
+    pub(crate) fn set(&self) {
+        for (signal, action) in KEYS.iter().zip(&self.0) {
+            // SAFETY: it is what sigaction(2) has said the signal did, in this process or in the
+            // one that it was forked from; the old action is not asked for.
+            unsafe { libc::sigaction(*signal, action, ptr::null_mut()) };
+        }
+    }
+}
+
 /// Has the handler of `signal` write its number to `sender`.
 fn register(signal: i32, sender: UnixStream) -> io::Result<()> {
     sender.set_nonblocking(true)?;
@@ -100,5 +149,13 @@ mod tests {
         assert!(!is_ignored(libc::SIGWINCH));
         // The standard library starts programs so.
         assert!(is_ignored(libc::SIGPIPE));
+    }
+
+    #[test]
+    fn keys_that_were_ignored_for_a_time_do_what_they_did() {
+        let keys = KeysIgnored::begin();
+        assert!(is_ignored(libc::SIGINT) && is_ignored(libc::SIGQUIT));
+        drop(keys);
+        assert!(!is_ignored(libc::SIGINT) && !is_ignored(libc::SIGQUIT));
     }
 }

@@ -14,6 +14,7 @@ mod logs;
 mod man;
 mod orders;
 mod output;
+mod prepare;
 mod ps;
 mod reset;
 mod schema;
@@ -63,6 +64,7 @@ enum Command {
     Explain(explain::Explain),
     Schema(schema::Schema),
     Lock(lock::Lock),
+    Prepare(prepare::Prepare),
     Formats(formats::Formats),
     Doctor(doctor::Doctor),
     Completions(completions::Completions),
@@ -115,6 +117,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Explain(explain) => explain.run(),
         Command::Schema(schema) => schema.run(),
         Command::Lock(lock) => lock.run(),
+        Command::Prepare(prepare) => prepare.run(),
         Command::Formats(formats) => formats.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Completions(completions) => completions.run(),

@@ -14,7 +14,7 @@ use crate::config::{ConsoleMode, Vm};
 use crate::control::messages::{Event, Stopped};
 use crate::control::{Owner, Place, Server};
 use crate::vm::{self, UpOptions};
-use crate::{Error, Result, config, lock};
+use crate::{Error, Result, config, lock, sources};
 use detach::Ready;
 
 /// Boot a VM and stay with it until it ends, or boot several and leave them running
@@ -99,6 +99,8 @@ impl Up {
         if let Some(name) = &self.name {
             vm.rename(name)?;
         }
+        sources::ensure(&vm)?;
+        sources::verify(&vm)?;
         if self.locked {
             lock::check(&vm)?;
         }

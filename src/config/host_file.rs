@@ -41,6 +41,11 @@ impl HostFile {
             folder: PathBuf::new(),
         }
     }
+
+    /// Whether `launcher up` makes it if it is not there.
+    pub fn has_source(&self) -> bool {
+        self.url.is_some() || !self.build.is_empty()
+    }
 }
 
 impl Table for HostFile {

@@ -1,0 +1,153 @@
+//! Files that a command makes.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use rustix::process::{Signal, set_parent_process_death_signal};
+
+use super::{Made, is_there};
+use crate::config::HostFile;
+use crate::signals::KeysIgnored;
+use crate::{Error, Result, messages};
+
+/// A command and the folder that it runs in: those of several files are one if these are.
+type Which<'a> = (&'a Path, &'a [String]);
+
+/// The commands of a VM's files, each run at most once.
+pub(super) struct Commands<'a> {
+    files: &'a [(String, HostFile)],
+    rebuild: bool,
+    run: HashSet<Which<'a>>,
+}
+
+impl<'a> Commands<'a> {
+    /// With `rebuild`, each is run, whatever is there.
+    pub(super) fn new(files: &'a [(String, HostFile)], rebuild: bool) -> Self {
+        Commands {
+            files,
+            rebuild,
+            run: HashSet::new(),
+        }
+    }
+
+    /// Makes a file that has a command, if it is not there.
+    pub(super) fn make(&mut self, key: &str, file: &'a HostFile) -> Result<Made> {
+        let which = which(file);
+        if self.run.contains(&which) {
+            // For another file: whether it has made this one too was looked at then.
+            return Ok(Made::Built);
+        }
+        if is_there(&file.path) && !self.rebuild {
+            return Ok(Made::Present);
+        }
+        self.run.insert(which);
+        let blame = |error: Error| error.about(format!("{key}.build"));
+        let own = self.files.iter().map(|(_, file)| file);
+        let own: Vec<_> = own.filter(|other| self::which(other) == which).collect();
+        let absent: Vec<_> = own.iter().filter(|file| !is_there(&file.path)).collect();
+        if let Err(error) = run(which) {
+            // Half a file would be taken for a whole one at the next start.
+            for file in absent.iter().filter(|file| file.path.is_file()) {
+                let _ = std::fs::remove_file(&file.path);
+            }
+            return Err(blame(error));
+        }
+        match own.into_iter().find(|file| !is_there(&file.path)) {
+            None => Ok(Made::Built),
+            Some(file) => {
+                let message = format!(
+                    "`build` has not made {}: {} has ended well, but there is no such file",
+                    file.path.display(),
+                    shown(&file.build)
+                );
+                let help = "`path` and `build` must mean the same file, from the folder of the \
+                            file that names them";
+                Err(blame(Error::failed(message).help(help)))
+            }
+        }
+    }
+}
+
+fn which(file: &HostFile) -> Which<'_> {
+    (&file.folder, &file.build)
+}
+
+/// Runs a command to its end; what it prints goes to standard error.
+fn run((folder, build): Which<'_>) -> Result<()> {
+    let folder = match folder.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => folder,
+    };
+    let line = shown(build);
+    let Some((program, arguments)) = build.split_first() else {
+        return Ok(());
+    };
+    messages::say(format_args!(
+        "launcher: building: {line} (in {})",
+        folder.display()
+    ));
+    let failed = |error: io::Error| {
+        let message = format!("cannot run `build`, {line}: {error}");
+        Error::failed(message).help(format!(
+            "it is run in {}; a script needs `chmod +x` and a first line such as `#!/bin/sh`",
+            folder.display()
+        ))
+    };
+    // From where this process is, not from where the command will be.
+    let program = match program.contains('/') {
+        true => folder.canonicalize().map_err(failed)?.join(program),
+        false => PathBuf::from(program),
+    };
+    let output = io::stderr().as_fd().try_clone_to_owned().map_err(failed)?;
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .stdout(output);
+    // As system(3) does: the terminal's keys are for the command, and what it leaves is for us to
+    // clean up.
+    let keys = KeysIgnored::begin();
+    let before = keys.before();
+    let begin = move || {
+        before.set();
+        // In a session of its own it would go on for nobody.
+        set_parent_process_death_signal(Some(Signal::TERM))?;
+        Ok(())
+    };
+    // SAFETY: system calls that are async-signal-safe; nothing is allocated or locked.
+    unsafe { command.pre_exec(begin) };
+    let status = command.status();
+    drop(keys);
+    let status = status.map_err(failed)?;
+    match status.success() {
+        true => Ok(()),
+        false => Err(
+            Error::failed(format!("`build` has failed: {line} {}", ended(status)))
+                .help("what it has printed is above; a file that it had begun is removed"),
+        ),
+    }
+}
+
+/// How a command has ended badly.
+fn ended(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exits with {code}"),
+        (None, signal) => format!("was ended by signal {}", signal.unwrap_or_default()),
+    }
+}
+
+/// A command as one reads it.
+fn shown(build: &[String]) -> String {
+    let word =
+        |word: &String| match word.is_empty() || word.contains(|c: char| !c.is_ascii_graphic()) {
+            true => format!("{word:?}"),
+            false => word.clone(),
+        };
+    let words: Vec<_> = build.iter().map(word).collect();
+    format!("`{}`", words.join(" "))
+}
