@@ -1,0 +1,220 @@
+//! What is built by a command.
+
+use std::os::unix::process::CommandExt;
+use std::process::Stdio;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+
+use super::Folder;
+
+#[test]
+fn a_file_is_built_if_it_is_not_there_and_what_the_command_prints_is_passed_on() {
+    let folder =
+        Folder::new("[boot.kernel]\npath = \"out/k\"\nbuild = [\"./prepare.sh\", \"a b\"]\n");
+    folder.script(
+        "prepare.sh",
+        "echo \"making $1\"; echo loudly >&2; mkdir -p out; echo once >> out/k",
+    );
+    let done = folder.launcher(&["prepare"]);
+    assert_eq!((done.code, &*done.out), (0, "boot.kernel  built  out/k\n"));
+    assert_eq!(
+        done.err,
+        "launcher: building: `./prepare.sh \"a b\"` (in .)\nmaking a b\nloudly\n"
+    );
+    let done = folder.launcher(&["prepare"]);
+    assert_eq!((done.code, &*done.err), (0, ""));
+    assert_eq!(done.out, "boot.kernel  present  out/k\n");
+    assert_eq!(folder.text("out/k"), "once\n");
+}
+
+#[test]
+fn with_rebuild_it_is_built_again() {
+    let folder = Folder::new("[boot.kernel]\npath = \"k\"\nbuild = \"./prepare.sh\"\n");
+    folder.script("prepare.sh", "echo more >> k");
+    for _ in 0..2 {
+        let done = folder.launcher(&["prepare", "--rebuild"]);
+        assert_eq!(
+            (done.code, &*done.out),
+            (0, "boot.kernel  built  k\n"),
+            "{done:?}"
+        );
+    }
+    assert_eq!(folder.text("k"), "more\nmore\n");
+}
+
+#[test]
+fn a_command_runs_in_the_folder_of_the_file_that_names_it() {
+    let folder = Folder::new("");
+    folder.write(
+        "vms/web.toml",
+        "[boot.kernel]\npath = \"../k\"\nbuild = [\"sh\", \"-c\", \"pwd > ../k\"]\n",
+    );
+    let done = folder.launcher(&["prepare", "vms/web.toml"]);
+    assert_eq!(done.code, 0, "{done:?}");
+    assert!(done.err.ends_with("(in vms)\n"), "{}", done.err);
+    assert_eq!(
+        folder.text("k").trim(),
+        folder.path("vms").to_str().unwrap()
+    );
+}
+
+#[test]
+fn one_command_of_several_files_is_run_once() {
+    let folder = Folder::new(
+        "[boot]\nkernel = { path = \"k\", build = \"./all.sh\" }\n\
+         initrd = { path = \"i\", build = [\"./all.sh\"] }\n\
+         [[block]]\npath = \"a.img\"\nbuild = [\"./all.sh\", \"disk\"]\n",
+    );
+    folder.script(
+        "all.sh",
+        "echo run >> runs; touch k i; test $# = 0 || touch a.img",
+    );
+    let done = folder.launcher(&["prepare"]);
+    assert_eq!(done.code, 0, "{done:?}");
+    assert_eq!(
+        folder.text("runs"),
+        "run\nrun\n",
+        "the disk's is another command"
+    );
+    // One of its files is gone: it is run for that one.
+    std::fs::remove_file(folder.path("i")).unwrap();
+    let done = folder.launcher(&["prepare"]);
+    assert_eq!(
+        done.out,
+        "boot.kernel  present  k\nboot.initrd  built    i\nblock.0      present  a.img\n"
+    );
+    assert_eq!(folder.text("runs"), "run\nrun\nrun\n");
+}
+
+#[test]
+fn a_command_that_fails_is_shown_with_its_exit_code_and_leaves_no_half_a_file() {
+    let folder = Folder::new("[boot.kernel]\npath = \"k\"\nbuild = \"./prepare.sh\"\n");
+    folder.script("prepare.sh", "echo half > k; exit 7");
+    for command in [&["prepare"][..], &["up"], &["up", "--detach"]] {
+        let done = folder.launcher(command);
+        assert_eq!(done.code, 1);
+        assert_eq!(
+            done.err,
+            "launcher: building: `./prepare.sh` (in .)\n\
+             error: `build` has failed: `./prepare.sh` exits with 7\n --> vm.toml:3:9\n  |\n\
+             3 | build = \"./prepare.sh\"\n  |         ^^^^^^^^^^^^^^\n  |\n  = help: what it has \
+             printed is above; a file that it had begun is removed\n"
+        );
+        assert!(!folder.path("k").exists());
+    }
+    // What was there before is left alone.
+    folder.write("k", "before");
+    assert_eq!(folder.launcher(&["prepare", "--rebuild"]).code, 1);
+    assert_eq!(folder.text("k"), "half\n");
+}
+
+#[test]
+fn a_command_that_makes_no_file_is_an_error() {
+    let folder = Folder::new(
+        "boot.kernel = \"k\"\n[[block]]\npath = \"a.img\"\nbuild = [\"true\"]\nro = true\n",
+    );
+    let done = folder.launcher(&["prepare"]);
+    assert_eq!(done.code, 1);
+    assert_eq!(
+        done.err,
+        "launcher: building: `true` (in .)\n\
+         error: `build` has not made a.img: `true` has ended well, but there is no such file\n \
+         --> vm.toml:4:9\n  |\n4 | build = [\"true\"]\n  |         ^^^^^^^^\n  |\n  = help: `path` \
+         and `build` must mean the same file, from the folder of the file that names them\n"
+    );
+}
+
+#[test]
+fn a_command_that_cannot_be_run_is_an_error_that_names_its_folder() {
+    let folder = Folder::new("[boot.kernel]\npath = \"k\"\nbuild = \"./none.sh\"\n");
+    let done = folder.launcher(&["prepare"]);
+    assert_eq!(done.code, 1);
+    let error = "error: cannot run `build`, `./none.sh`: No such file or directory";
+    assert!(done.err.contains(error), "{}", done.err);
+    assert!(done.err.contains("help: it is run in .; "), "{}", done.err);
+    folder.write("none.sh", "touch k");
+    let done = folder.launcher(&["prepare"]);
+    assert!(done.err.contains("Permission denied"), "{}", done.err);
+}
+
+#[test]
+fn an_interrupted_command_leaves_no_half_a_file() {
+    let folder = Folder::new("[boot.kernel]\npath = \"k\"\nbuild = \"./prepare.sh\"\n");
+    folder.script("prepare.sh", "echo half > k; sleep 60");
+    let mut command = folder.command(&["up"]);
+    let command = command.stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = command.process_group(0).spawn().unwrap();
+    let begin = Instant::now();
+    while !folder.path("k").exists() {
+        assert!(begin.elapsed() < Duration::from_secs(30));
+        thread::sleep(Duration::from_millis(10));
+    }
+    // As a terminal does for Ctrl-C.
+    kill_process_group(Pid::from_child(&child), Signal::INT).unwrap();
+    let done = folder.told(child.wait_with_output().unwrap());
+    assert_eq!(done.code, 1);
+    assert!(
+        done.err.contains("`./prepare.sh` was ended by signal 2"),
+        "{}",
+        done.err
+    );
+    assert!(begin.elapsed() < Duration::from_secs(50) && !folder.path("k").exists());
+}
+
+#[test]
+fn a_command_does_not_outlive_the_launcher() {
+    let folder = Folder::new("[boot.kernel]\npath = \"k\"\nbuild = \"./prepare.sh\"\n");
+    folder.script("prepare.sh", "echo $$ > pid; exec sleep 60");
+    let mut command = folder.command(&["up", "--detach"]);
+    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+    let begin = Instant::now();
+    let running = || {
+        let pid = std::fs::read_to_string(folder.path("pid")).unwrap_or_default();
+        !pid.is_empty()
+            && std::fs::read_to_string(format!("/proc/{}/stat", pid.trim()))
+                .is_ok_and(|stat| !stat.contains(") Z "))
+    };
+    while !running() {
+        assert!(begin.elapsed() < Duration::from_secs(30));
+        thread::sleep(Duration::from_millis(10));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    while running() {
+        assert!(begin.elapsed() < Duration::from_secs(50));
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn commands_that_only_look_run_nothing() {
+    let folder = Folder::new(
+        "[boot.kernel]\npath = \"k\"\nbuild = \"./prepare.sh\"\n\
+         [[block]]\npath = \"a.img\"\nbuild = \"./prepare.sh\"\n",
+    );
+    folder.script("prepare.sh", "touch k a.img");
+    let done = folder.launcher(&["check"]);
+    assert_eq!(
+        (done.code, &*done.out, &*done.err),
+        (0, "vm.toml: ok\n", "")
+    );
+    folder.launcher(&["disk", "list", "vm.toml"]);
+    folder.launcher(&["disk", "info", "vm.toml", "0"]);
+    assert!(!folder.path("k").exists() && !folder.path("a.img").exists());
+}
+
+#[test]
+fn up_builds_what_it_boots() {
+    let folder = Folder::new("[boot.kernel]\npath = \"k\"\nbuild = [\"cp\", \"made\", \"k\"]\n");
+    folder.write("made", super::bare::kernel(super::bare::POWER_OFF));
+    let up = folder.command(&["up", "--force"]).output().unwrap();
+    if let Some((code, errors)) = super::bare::ended(up) {
+        assert_eq!(
+            (code, &*errors),
+            (0, "launcher: building: `cp made k` (in .)\n")
+        );
+    }
+    assert!(folder.path("k").exists());
+}
