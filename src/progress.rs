@@ -311,6 +311,22 @@ mod tests {
     }
 
     #[test]
+    fn a_file_of_unknown_size_is_counted_without_an_end() {
+        let bar = Bar::new(&FETCHING_UNSIZED, || {
+            ProgressDrawTarget::term_like(Box::new(Terminal))
+        });
+        bar.show(&Progress {
+            path: Path::new("a.img"),
+            done: 3 << 20,
+            total: u64::MAX,
+            elapsed: Duration::from_secs(2),
+        });
+        let line = shown();
+        assert!(line.starts_with("fetching a.img "), "{line:?}");
+        assert!(line.ends_with(" 3.00 MiB"), "{line:?}");
+    }
+
+    #[test]
     fn another_pass_may_have_another_length() {
         let bar = Bar::new(&READING, || {
             ProgressDrawTarget::term_like(Box::new(Terminal))

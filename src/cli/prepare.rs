@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::output::{print, table};
+use super::target::Target;
 use crate::config::{HostFile, Vm};
 use crate::sources::{self, Made};
 use crate::{Error, Result, config, exit};
@@ -19,13 +20,16 @@ use crate::{Error, Result, config, exit};
 pub(super) struct Prepare {
     /// TOML file of the VM, or the folder of its vm.toml [default: vm.toml]
     vm: Option<PathBuf>,
-    /// Run the commands of `build` even if their files are there
+    /// Run the commands of `build` even if their files are there; not while the VM runs
     #[arg(long)]
     rebuild: bool,
 }
 
 impl Prepare {
     pub(super) fn run(self) -> Result<u8> {
+        if self.rebuild {
+            not_running(&Target::of(self.vm.clone())?)?;
+        }
         let vm = config::load(&super::file(self.vm))?;
         let made = sources::make(&vm, self.rebuild)?;
         let files = vm.host_files();
@@ -43,6 +47,18 @@ impl Prepare {
         print(&table(&rows))?;
         Ok(exit::DONE)
     }
+}
+
+/// Refuses to write the files of a VM that has them open.
+fn not_running(target: &Target) -> Result<()> {
+    if !target.is_running() {
+        return Ok(());
+    }
+    let name = target.name();
+    let message = format!("`{name}` is running: its files are not built again");
+    let mut error = Error::failed(message).help(format!("stop it with `launcher stop {name}`"));
+    error.exit = exit::ALREADY_RUNNING;
+    Err(error)
 }
 
 /// Refuses a file that is not there, that nothing makes and that `up` does not create.

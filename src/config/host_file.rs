@@ -20,8 +20,9 @@ options! {
         /// Where it is fetched from, once, if the cache (`$XDG_CACHE_HOME/launcher/files`) has
         /// not got it. Needs `sha256`; excludes `path` and `build`.
         url: Option<String> = optional::<Url>("it is not fetched"),
-        /// Command that makes the file if it is not there, run in the folder of the file that
-        /// says so. Needs `path`.
+        /// Command that makes the file if it is not there, run in the folder of the TOML file
+        /// that says so; by no shell. If it fails, what it has begun of the file is removed.
+        /// Needs `path`.
         build: Vec<String> = list::<Argument>("it is not built"),
     }
     computed {

@@ -116,9 +116,9 @@ impl Source<'_> {
                 );
                 return Err(Failure::Digest(Error::usage(message).help(help)));
             }
-            messages::say(format_args!(
-                "launcher: what an earlier start has left of it is of no use: fetching it whole"
-            ));
+            messages::say(
+                "launcher: what an earlier start has left of it is of no use: fetching it whole",
+            );
             begun = false;
         }
     }
@@ -164,7 +164,8 @@ impl Source<'_> {
         };
         part.cut(start)?;
         if let Some(total) = total {
-            self.fits(part, total.saturating_sub(start))?;
+            let len = total.saturating_sub(start);
+            self.fits(part, len, || format!("it takes {} more", size::show(len)))?;
         }
         let show = progress::fetching(total.is_some());
         let (begin, mut done, mut looked) = (Instant::now(), start, start);
@@ -188,7 +189,7 @@ impl Source<'_> {
             }
             if total.is_none() && more > looked + STRIDE {
                 looked = more;
-                self.fits(part, STRIDE)?;
+                self.fits(part, STRIDE, || format!("{done} bytes were not the end"))?;
             }
             part.write(&piece[..count])?;
             done = more;
@@ -208,20 +209,18 @@ impl Source<'_> {
     }
 
     /// Refuses what the file system has no room for.
-    fn fits(&self, part: &Part, len: u64) -> Result<()> {
+    fn fits(&self, part: &Part, len: u64, what: impl Fn() -> String) -> Result<()> {
         let room = (self.limits.room)(&part.file).map_err(part.failed("look at"))?;
         if len <= room {
             return Ok(());
         }
-        let message = format!(
-            "cannot fetch {}: it takes {} more, and there is room for {}",
-            self.url,
-            size::show(len),
-            size::show(room)
-        );
-        Err(Error::failed(message).help(format!(
-            "make room on the file system of {}, or set XDG_CACHE_HOME to another",
-            part.path.display()
+        let (url, what, room) = (self.url, what(), size::show(room));
+        let path = part.path.display();
+        Err(Error::failed(format!(
+            "cannot fetch {url}: {what}, and there is room for {room}"
+        ))
+        .help(format!(
+            "make room on the file system of {path}, or set XDG_CACHE_HOME to another"
         )))
     }
 }

@@ -1,10 +1,12 @@
 //! What is built by a command.
 
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use launcher::control::{Owner, Place};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::Folder;
@@ -42,6 +44,30 @@ fn with_rebuild_it_is_built_again() {
         );
     }
     assert_eq!(folder.text("k"), "more\nmore\n");
+}
+
+#[test]
+fn the_files_of_a_vm_that_runs_are_not_built_again() {
+    let folder =
+        Folder::new("name = \"web\"\n[boot.kernel]\npath = \"k\"\nbuild = [\"touch\", \"k\"]\n");
+    let runtime = folder.path("launcher");
+    let place = Place::under(&runtime, Some("web"), Path::new("-")).unwrap();
+    let owner = Owner {
+        pid: std::process::id(),
+        name: "web".into(),
+        file: folder.path("vm.toml"),
+        started_ms: 1_700_000_000_000,
+    };
+    let claim = place.claim(&owner).unwrap();
+    let done = folder.launcher(&["prepare", "--rebuild"]);
+    assert_eq!(done.code, 4);
+    assert_eq!(
+        done.err,
+        "error: `web` is running: its files are not built again\nhelp: stop it with `launcher stop \
+         web`\n"
+    );
+    drop(claim);
+    assert_eq!(folder.launcher(&["prepare", "--rebuild"]).code, 0);
 }
 
 #[test]
