@@ -184,35 +184,19 @@ pub(super) const ONE: &str = "a path, or a table with `path` or `url`";
 /// What an option takes that is a file or several.
 pub(super) const ONE_OR_MORE: &str = "a path, a table with `path` or `url`, or an array of them";
 
-/// Reads a file that must be written, for [`super::options::Spec`].
-pub(super) fn required(
-    section: &mut Section<'_>,
-    key: &'static str,
-    absent: Absent,
-) -> Given<HostFile> {
-    match (section.take(key), absent) {
-        (Some(value), _) => one(section, key, &section.below(key), value, ONE),
-        (None, Absent::Error(example)) => {
-            section.missing(key, example);
-            Given::default()
-        }
-        (None, _) => Given::default(),
-    }
-}
-
 /// Reads a file that may be left out, for [`super::options::Spec`].
 pub(super) fn left_out(
     section: &mut Section<'_>,
     key: &'static str,
-    absent: Absent,
+    _absent: Absent,
 ) -> Given<Option<HostFile>> {
-    if !section.has(key) {
+    let Some(value) = section.take(key) else {
         return Given {
             value: Some(None),
             ..Given::default()
         };
-    }
-    let given = required(section, key, absent);
+    };
+    let given = one(section, key, &section.below(key), value, ONE);
     Given {
         value: given.value.map(Some),
         at: given.at,
@@ -272,7 +256,10 @@ impl Vm {
     /// Every file of the host that it reads, each with its key: "boot.kernel", "block.0",
     /// "block.0.backing.1". Below that are the keys of [`HostFile`], as in "block.0.sha256".
     pub fn host_files(&self) -> Vec<(String, HostFile)> {
-        let mut files = vec![("boot.kernel".to_owned(), self.boot.kernel.clone())];
+        let mut files = Vec::new();
+        if let Some(kernel) = &self.boot.kernel {
+            files.push(("boot.kernel".to_owned(), kernel.clone()));
+        }
         if let Some(initrd) = &self.boot.initrd {
             files.push(("boot.initrd".to_owned(), initrd.clone()));
         }

@@ -43,7 +43,7 @@ pub use self::places::Places;
 pub use self::schema::schema;
 use self::section::{Context, Section};
 pub use self::shape::Shape;
-pub use self::vm::{Boot, Console, ConsoleMode, Lifecycle, OnReboot, Vm};
+pub use self::vm::{Boot, Console, ConsoleMode, DiskName, Lifecycle, OnReboot, Vm};
 use crate::{Error, Result};
 
 /// The keys at the top of a VM's file; the tables' are below them.

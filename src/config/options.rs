@@ -193,16 +193,6 @@ pub(super) const fn list<L: Listed>(words: &'static str) -> Spec<Vec<L::Plain>> 
     }
 }
 
-/// A file of the host that must be named; `example` is a value, as TOML.
-pub(super) const fn file(example: &'static str) -> Spec<HostFile> {
-    Spec {
-        takes: Takes::File(HostFile::KEYS),
-        absent: Absent::Error(example),
-        example,
-        read: host_file::required,
-    }
-}
-
 /// A file of the host that may be left out: `words` say what that means.
 pub(super) const fn optional_file(words: &'static str) -> Spec<Option<HostFile>> {
     Spec {
@@ -260,7 +250,7 @@ pub(super) trait Table: Sized {
 }
 
 /// Declares a table of options. Each field names its type, then how it is read: a call of
-/// [`default`], [`derived`], [`optional`], [`list`], [`file`], [`optional_file`], [`files`],
+/// [`default`], [`derived`], [`optional`], [`list`], [`optional_file`], [`files`],
 /// [`table`] or [`tables`]. Makes
 ///
 /// - the struct, plain data;

@@ -4,7 +4,7 @@ use formats::{Format, FormatOption};
 use serde_json::{Map, Value, json};
 
 use super::image_format::shape;
-use super::kinds::FilePath;
+use super::kinds::{FilePath, Id};
 use super::options::{Absent, Key, Takes, running};
 use super::shape::Shape;
 use super::value::Leaf;
@@ -147,6 +147,10 @@ fn of_shape(shape: Shape, formats: &[&Format]) -> Value {
             let names: Vec<_> = formats.iter().map(|format| format.name).collect();
             json!({ "enum": names })
         }
+        Shape::Disk => json!({ "anyOf": [
+            { "type": "integer", "minimum": 0 },
+            of_shape(Id::SHAPE, formats),
+        ] }),
         Shape::OneOrMore(one) => one_or_more(of_shape(*one, formats)),
     }
 }
@@ -162,7 +166,8 @@ fn needed(keys: &[Key]) -> Value {
         };
         let must = matches!(key.absent, Absent::Error(_));
         // A table that is left out lacks what it must have.
-        let lacks = matches!(key.takes, Takes::Table(_)) && inner.get("required").is_some();
+        let needs = |what| inner.get(what).is_some();
+        let lacks = matches!(key.takes, Takes::Table(_)) && (needs("required") || needs("anyOf"));
         if must || lacks {
             required.push(key.name);
         }
@@ -182,9 +187,11 @@ fn needed(keys: &[Key]) -> Value {
         needed.insert("properties".into(), below.into());
     }
     let has = |name| keys.iter().any(|key| key.name == name);
-    if has("path") && has("url") {
-        let one_of_them = json!([{ "required": ["path"] }, { "required": ["url"] }]);
-        needed.insert("anyOf".into(), one_of_them);
+    for (one, other) in [("path", "url"), ("kernel", "from_block")] {
+        if has(one) && has(other) {
+            let one_of_them = json!([{ "required": [one] }, { "required": [other] }]);
+            needed.insert("anyOf".into(), one_of_them);
+        }
     }
     needed.into()
 }

@@ -153,11 +153,6 @@ impl<'t> Section<'t> {
         self.open(key, header, value)
     }
 
-    /// Whether a key is written that no option has taken.
-    pub(super) fn has(&self, key: &str) -> bool {
-        self.table.contains_key(key)
-    }
-
     /// Its header as one writes it; empty for the top of the file.
     pub(super) fn header(&self) -> &str {
         &self.name

@@ -36,6 +36,8 @@ pub enum Shape {
     Names(&'static [&'static str]),
     /// The name of a disk format of this build.
     Format,
+    /// The index of a disk, or its `id`.
+    Disk,
     /// One value, or an array of them.
     OneOrMore(&'static Shape),
 }

@@ -141,7 +141,8 @@ fn every_default_is_a_value_its_option_takes() {
     let vm = booting("[[block]]\npath = \"a.img\"");
     assert_eq!(vm.file, Path::new("vms/vm.toml"));
     assert_eq!((vm.name.as_str(), vm.cpus, vm.memory), ("vm", 1, 512 << 20));
-    assert_eq!(vm.boot.kernel.path, Path::new("vms/vmlinuz"));
+    let kernel = vm.boot.kernel.unwrap();
+    assert_eq!(kernel.path, Path::new("vms/vmlinuz"));
     assert!(vm.boot.initrd.is_none() && vm.boot.cmdline.is_empty());
     assert_eq!(
         (vm.console.mode, vm.console.log),
@@ -252,7 +253,7 @@ fn every_key_is_described() {
             })
             .sum()
     }
-    assert_eq!(described(KEYS), 7 + 3 + 16 + 3 + 2);
+    assert_eq!(described(KEYS), 7 + 4 + 16 + 3 + 2);
     let memory = KEYS.iter().find(|key| key.name == "memory").unwrap();
     assert!(matches!(memory.absent, Absent::Value("\"512MiB\"")));
     assert!(matches!(memory.takes, Takes::Value(words, _) if words.contains("4KiB")));

@@ -1,5 +1,6 @@
 //! The VM as a whole, and its small tables.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,15 +9,15 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::block::Block;
-use super::diagnostic::Diagnostic;
+use super::diagnostic::{Diagnostic, shortened};
 use super::host_file::HostFile;
 use super::kinds::{Cmdline, Cpus, FilePath, Memory, Name, Ready, Span};
-use super::options::{
-    Table, default, derived, file, optional, optional_file, options, table, tables,
-};
+use super::nearest::nearest;
+use super::options::{Table, default, derived, optional, optional_file, options, table, tables};
 use super::places::Places;
-use super::section::Section;
-use super::value::{Leaf, words};
+use super::section::{Context, Section};
+use super::shape::Shape;
+use super::value::{Leaf, Scalar, Wrong, words};
 use crate::{Error, Result};
 
 options! {
@@ -70,6 +71,9 @@ impl Table for Vm {
                 }
             }
         }
+        if let (Some(boot), Some(disks)) = (&given.boot.value, &given.block.value) {
+            boot.names_a_disk(cx, disks);
+        }
         given.finish(cx.file.to_owned(), named, Places::new(cx.file, cx.text))
     }
 }
@@ -94,6 +98,90 @@ impl Vm {
     }
 }
 
+impl Vm {
+    /// Index of the disk that kernel and initrd are read from, if `boot.from_block` is given.
+    pub fn boot_disk(&self) -> Option<usize> {
+        self.boot.from_block.as_ref()?.among(&self.block)
+    }
+}
+
+impl Boot {
+    /// Reports a `from_block` that is the name of no disk.
+    fn names_a_disk(&self, cx: &Context<'_>, disks: &[Block]) {
+        let Some(name) = &self.from_block else { return };
+        if name.among(disks).is_some() {
+            return;
+        }
+        let ids: Vec<_> = disks.iter().filter_map(|disk| disk.id.as_deref()).collect();
+        let known = match disks.len() {
+            0 => "there is no disk".to_owned(),
+            1 => "there is one disk, 0".to_owned(),
+            count => format!("there are {count} disks, 0 to {}", count - 1),
+        };
+        let (title, help) = match name {
+            DiskName::Index(index) => (format!("`from_block` is {index}, but {known}"), None),
+            DiskName::Id(id) => {
+                let title = format!("`from_block` is \"{}\", the `id` of no disk", shortened(id));
+                let help = match nearest(id, &ids) {
+                    Some(index) => format!("did you mean \"{}\"?", ids[index]),
+                    None => format!("{known}: an index stands without quotes"),
+                };
+                (title, Some(help))
+            }
+        };
+        let help = match disks {
+            [] => Some("add a `[[block]]` with the image".to_owned()),
+            _ => help,
+        };
+        cx.report(Diagnostic::value(self.from_block_at.clone(), title).help(help));
+    }
+}
+
+/// A disk, by its place in the file or by what its file calls it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Scalar")]
+pub enum DiskName {
+    /// Index over `[[block]]`, from 0.
+    Index(usize),
+    /// Its `id`.
+    Id(String),
+}
+
+impl DiskName {
+    /// Index of the disk of this name.
+    fn among(&self, disks: &[Block]) -> Option<usize> {
+        match self {
+            DiskName::Index(index) => (*index < disks.len()).then_some(*index),
+            DiskName::Id(id) => disks.iter().position(|disk| disk.id.as_ref() == Some(id)),
+        }
+    }
+}
+
+impl TryFrom<Scalar> for DiskName {
+    type Error = Wrong;
+
+    fn try_from(scalar: Scalar) -> Result<Self, Wrong> {
+        match scalar {
+            Scalar::Text(id) => Ok(DiskName::Id(id)),
+            scalar => match usize::try_from(scalar.whole()?) {
+                Ok(index) => Ok(DiskName::Index(index)),
+                Err(_) => Err(Wrong::default()),
+            },
+        }
+    }
+}
+
+impl Leaf for DiskName {
+    type Plain = DiskName;
+    const EXPECTS: &'static str = "the index of a disk, from 0, or its `id`";
+    const SHAPE: Shape = Shape::Disk;
+    const EXAMPLE: &'static str = "0";
+
+    fn plain(self, _: &Context<'_>) -> Result<DiskName, String> {
+        Ok(self)
+    }
+}
+
 /// A name, if it is a good one.
 fn name_of(name: &str) -> Option<String> {
     let value = DeValue::String(name.into());
@@ -105,12 +193,50 @@ options! {
     /// What to boot.
     pub struct Boot, read as GivenBoot {
         /// The kernel: a bzImage, or an ELF vmlinux with a PVH note.
-        kernel: HostFile = file("\"vmlinuz\""),
-        /// Initial RAM disk.
+        kernel: Option<HostFile> = optional_file("must be written, unless `from_block` is")
+            .example("\"vmlinuz\""),
+        /// Initial RAM disk: a file, or a folder that is packed as one at every boot of the guest,
+        /// all of it root's.
         initrd: Option<HostFile> = optional_file("none").example("\"initrd.img\""),
+        /// The disk whose ext4 file system has kernel and initrd, instead of `kernel` and
+        /// `initrd`: `/vmlinuz` and `/initrd.img`, else the newest of `/boot/vmlinuz-*` with its
+        /// initrd. They are read at every boot of the guest, so one that it has installed is
+        /// booted next. Partition tables are understood, and `root = true` of that disk then
+        /// means its root partition.
+        from_block: Option<DiskName> = optional::<DiskName>("none").example("0"),
         /// Kernel parameters, appended to those that launcher generates (`console=`, `root=`);
         /// the kernel takes the last where two differ.
         cmdline: String = default::<Cmdline>("\"\""),
+    }
+    computed {
+        /// Where `from_block` is, in the file's text.
+        from_block_at: Option<Range<usize>>,
+    }
+}
+
+impl Table for Boot {
+    const KEYS: &'static [super::Key] = Boot::KEYS;
+
+    fn from_section(mut section: Section<'_>) -> Option<Self> {
+        let given = GivenBoot::read(&mut section);
+        // What is written counts, right or wrong: an error of its own says what is wrong with it.
+        match (&given.from_block.at, &given.kernel.at, &given.initrd.at) {
+            (None, None, _) => section.missing("kernel", "\"vmlinuz\""),
+            (None, Some(_), _) | (Some(_), None, None) => {}
+            (Some(disk), kernel, initrd) => {
+                let key = if kernel.is_some() { "kernel" } else { "initrd" };
+                let title = format!("`{key}` is given, and `from_block` too, expected one of them");
+                let at = kernel.clone().or_else(|| initrd.clone());
+                section.cx.report(
+                    Diagnostic::value(at, title)
+                        .related(Some(disk.clone()), "the disk that has both")
+                        .help("remove `from_block` to boot files of the host".to_owned()),
+                );
+            }
+        }
+        section.unknown(Boot::KEYS);
+        let at = given.from_block.at.clone();
+        given.finish(at)
     }
 }
 

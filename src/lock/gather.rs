@@ -33,7 +33,7 @@ impl Lock {
             missing: Vec::new(),
         };
         let boot = [
-            ("kernel", Some(&vm.boot.kernel)),
+            ("kernel", vm.boot.kernel.as_ref()),
             ("initrd", vm.boot.initrd.as_ref()),
         ];
         let boot = boot.into_iter().filter_map(|(key, file)| {

@@ -9,10 +9,11 @@ use formats::{Engine, Format, HostFile, Image, OpenError, Ring};
 use rustix::fs::{Access, access};
 use rustix::io::Errno;
 
-use super::boot::{self, Parameters};
+use super::boot::{self, BootFiles, Parameters};
 use super::console::log_file;
 use super::{layout, memory};
 use crate::config::{self, Block, Vm, size};
+use crate::devices::virtio::blk::{Blk, BlkOptions};
 use crate::{Error, Result};
 
 /// All that is wrong with the host's files of a VM, each error at its place in the VM's file.
@@ -24,7 +25,7 @@ use crate::{Error, Result};
 ///
 /// The host does not let anything be looked at.
 pub fn check(config: &Vm, engine: Engine, runs: bool) -> Result<Vec<Error>> {
-    let mut problems = boot(config)?;
+    let mut problems = boot(config, engine, runs)?;
     let ring =
         Ring::new(engine).map_err(|error| Error::failed(format!("cannot set up I/O: {error}")))?;
     for (index, block) in config.block.iter().enumerate() {
@@ -49,31 +50,67 @@ fn comes_later(file: &config::HostFile) -> bool {
 }
 
 /// Loads the kernel and the initrd as for a start, into memory that no guest sees.
-fn boot(config: &Vm) -> Result<Vec<Error>> {
-    let files = [&config.boot.kernel].into_iter();
-    if files.chain(&config.boot.initrd).any(comes_later) {
+fn boot(config: &Vm, engine: Engine, runs: bool) -> Result<Vec<Error>> {
+    let files = config.boot.kernel.iter().chain(&config.boot.initrd);
+    if files.into_iter().any(comes_later) {
         return Ok(Vec::new());
     }
+    let disk = config.boot_disk().and_then(|index| config.block.get(index));
+    let files = match disk.map(|block| on_disk(block, engine, runs)) {
+        // What is wrong with the disk itself is found where all of them are looked at.
+        Some(None) => return Ok(Vec::new()),
+        Some(Some(files)) => files,
+        None => BootFiles::named(&config.boot),
+    };
+    let files = match files {
+        Ok(files) => files,
+        Err(error) => return Ok(with_initrd(config, error)),
+    };
     // Nothing is loaded above the hole, and the mapping stays.
     let memory_size = config.memory.min(layout::HOLE_START);
     let memory = memory::allocate(memory_size)?;
     let parameters = Parameters {
         memory_size,
-        cmdline: &boot::cmdline(config),
+        cmdline: &boot::cmdline(config, files.root_partition),
         rsdp: layout::ACPI.start,
     };
-    let mut problems = Vec::new();
-    if let Err(error) = boot::load(&memory, &config.boot, &parameters) {
-        // A kernel that is wrong hides an initrd that is not there.
-        let initrd = config.boot.initrd.as_ref().filter(|_| {
-            let key = error.key().unwrap_or_default();
-            key != "boot.initrd"
-        });
-        problems.push(error);
-        problems.extend(initrd.and_then(|file| boot::check_initrd(&file.path).err()));
-    }
+    let problems = match boot::load(&memory, &files, &parameters) {
+        Ok(_) => Vec::new(),
+        Err(error) => with_initrd(config, error),
+    };
     memory::clear(&memory)?;
     Ok(problems)
+}
+
+/// An error, and what is wrong with the initrd: a kernel that is wrong hides one that is not there.
+fn with_initrd(config: &Vm, error: Error) -> Vec<Error> {
+    let initrd = config.boot.initrd.as_ref();
+    let initrd = initrd.filter(|_| error.key().unwrap_or_default() != "boot.initrd");
+    let also = initrd.and_then(|file| boot::check_initrd(&file.path).err());
+    std::iter::once(error).chain(also).collect()
+}
+
+/// Kernel and initrd of a disk; `None` where it cannot be opened now, or what is on it is not what
+/// will be booted.
+fn on_disk(block: &Block, engine: Engine, runs: bool) -> Option<Result<BootFiles>> {
+    if runs && !block.ro && !block.ephemeral {
+        return None;
+    }
+    let options = BlkOptions {
+        image: Image {
+            ro: true,
+            lock: false,
+            size: None,
+            ..block.image()
+        },
+        format: formats::find(&block.format)?,
+        ephemeral: false,
+        id: None,
+        queues: 1,
+        engine,
+    };
+    let disk = Blk::open(options).ok()?;
+    Some(boot::image::read(&disk.handle(), block))
 }
 
 /// Opens a disk's image as `up` does, but only to read it.

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use kvm_ioctls::Kvm;
 
-use super::boot::{self, Entry, Parameters};
+use super::boot::{self, BootFiles, Entry, Parameters};
 use super::console::ConsoleSink;
 use super::events::{Events, Outcome};
 use super::kvm::{KvmHypervisor, KvmVm};
@@ -43,17 +43,22 @@ pub(crate) struct Machine {
 
 impl Loaded {
     /// Loads the kernel and what it is told into `memory`, which is all zeroes.
-    pub(crate) fn new(kvm: &Kvm, config: &Vm, memory: Arc<GuestMemory>) -> Result<Loaded> {
+    pub(crate) fn new(
+        kvm: &Kvm,
+        config: &Vm,
+        memory: Arc<GuestMemory>,
+        files: &BootFiles,
+    ) -> Result<Loaded> {
         let model = VcpuModel::new(kvm, config.cpus)?;
         model.check_memory(config.memory)?;
         let rsdp = acpi::write(&memory, &acpi::Machine::of(config))?;
-        let cmdline = boot::cmdline(config);
+        let cmdline = boot::cmdline(config, files.root_partition);
         let parameters = Parameters {
             memory_size: config.memory,
             cmdline: &cmdline,
             rsdp,
         };
-        let entry = boot::load(&memory, &config.boot, &parameters)?;
+        let entry = boot::load(&memory, files, &parameters)?;
         let vm = KvmVm::new(kvm, memory)?;
         Ok(Loaded { vm, model, entry })
     }

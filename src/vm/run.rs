@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::Kvm;
 
+use super::boot::{self, BootFiles};
 use super::console::{Console, KeptLog, Outlet, log_file};
 use super::control::Control;
 use super::devices::Devices;
@@ -35,10 +36,19 @@ fn up(config: &Vm, options: &UpOptions, running: Running<'_>) -> Result<(End, Re
     })?;
     host::raise_open_files();
     vcpu::install_kick_handler()?;
-    // What can be wrong with the kernel comes before anything happens to a disk.
     let memory = memory::allocate(config.memory)?;
-    let loaded = Loaded::new(&kvm, config, Arc::clone(&memory))?;
-    let devices = Devices::open(config, options.engine)?;
+    let load = |files| Loaded::new(&kvm, config, Arc::clone(&memory), &files);
+    let (loaded, devices) = match config.boot_disk() {
+        // What can be wrong with the kernel comes before anything happens to a disk.
+        None => {
+            let loaded = load(BootFiles::named(&config.boot)?)?;
+            (loaded, Devices::open(config, options.engine)?)
+        }
+        Some(_) => {
+            let devices = Devices::open(config, options.engine)?;
+            (load(boot_files(config, &devices)?)?, devices)
+        }
+    };
     let life = Arc::new(Life::new());
     let console = console(config, options, &life)?;
     let keys = shown(config, options);
@@ -51,13 +61,23 @@ fn up(config: &Vm, options: &UpOptions, running: Running<'_>) -> Result<(End, Re
     };
     let next = || {
         memory::clear(&memory)?;
-        Loaded::new(&kvm, config, Arc::clone(&memory))
+        load(boot_files(config, &devices)?)
     };
     let ended = session.run(loaded, next, &devices, running);
     // However it ended: nothing that the guest wrote or printed is lost.
     let closed = devices.close();
     session.close();
     Ok((ended?, closed))
+}
+
+/// What is booted now: with `from_block`, what the disk has at this time.
+fn boot_files(config: &Vm, devices: &Devices) -> Result<BootFiles> {
+    let disk = config.boot_disk();
+    let disk = disk.and_then(|index| Some((devices.disks().nth(index)?, config.block.get(index)?)));
+    match disk {
+        Some((disk, block)) => boot::image::read(&disk, block),
+        None => BootFiles::named(&config.boot),
+    }
 }
 
 /// Whether the console is on standard input and output.

@@ -87,7 +87,8 @@ pub fn shape(config: &Vm) -> Result<Shape> {
     Ok(Shape {
         cpus: config.cpus,
         memory: config.memory,
-        cmdline: boot::cmdline(config),
+        // In which partition the root is depends on what a disk holds.
+        cmdline: boot::cmdline(config, None),
         acpi: acpi::tables(&acpi::Machine::of(config))?,
         pci: bus(kinds, &plugged)?,
     })

@@ -8,7 +8,7 @@ const DIGEST: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b78
 
 /// A kernel that is written so.
 fn kernel(value: &str) -> HostFile {
-    vm(&format!("boot.kernel = {value}")).boot.kernel
+    vm(&format!("boot.kernel = {value}")).boot.kernel.unwrap()
 }
 
 #[test]
@@ -20,7 +20,7 @@ fn a_file_is_a_path_or_a_table_with_one() {
         assert!(file.sha256.is_none() && file.url.is_none() && file.build.is_empty());
     }
     let vm = vm("[boot.kernel]\npath = '~/k'\n[boot.initrd]\npath = 'i'\n");
-    assert_eq!(vm.boot.kernel.path, Path::new("/home/ada/k"));
+    assert_eq!(vm.boot.kernel.unwrap().path, Path::new("/home/ada/k"));
     assert_eq!(vm.boot.initrd.unwrap().path, Path::new("vms/i"));
 }
 

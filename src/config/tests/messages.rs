@@ -552,3 +552,95 @@ error: `ephemeral` is true on a disk with `sparse = false`, expected one of them
 "#,
     );
 }
+
+#[test]
+fn a_kernel_beside_a_disk_to_boot_from_is_shown_with_both_lines() {
+    said(
+        "[boot]\nfrom_block = 0\nkernel = 'k'\n[[block]]\npath = 'a.img'\n",
+        r#"
+error: `kernel` is given, and `from_block` too, expected one of them
+ --> vms/vm.toml:3:10
+  |
+2 | from_block = 0
+  |              - the disk that has both
+3 | kernel = 'k'
+  |          ^^^
+  |
+  = help: remove `from_block` to boot files of the host
+"#,
+    );
+    said(
+        "[boot]\ninitrd = 'i'\nfrom_block = 0\n[[block]]\npath = 'a.img'\n",
+        r#"
+error: `initrd` is given, and `from_block` too, expected one of them
+ --> vms/vm.toml:2:10
+  |
+2 | initrd = 'i'
+  |          ^^^
+3 | from_block = 0
+  |              - the disk that has both
+  |
+  = help: remove `from_block` to boot files of the host
+"#,
+    );
+}
+
+#[test]
+fn a_disk_to_boot_from_that_is_not_there_is_shown_with_those_that_are() {
+    said(
+        "boot.from_block = 2\n[[block]]\npath = 'a.img'\n[[block]]\npath = 'b.img'\n",
+        r#"
+error: `from_block` is 2, but there are 2 disks, 0 to 1
+ --> vms/vm.toml:1:19
+  |
+1 | boot.from_block = 2
+  |                   ^
+"#,
+    );
+    said(
+        "boot.from_block = 0\n",
+        r#"
+error: `from_block` is 0, but there is no disk
+ --> vms/vm.toml:1:19
+  |
+1 | boot.from_block = 0
+  |                   ^
+  |
+  = help: add a `[[block]]` with the image
+"#,
+    );
+    said(
+        "boot.from_block = 'ROTO'\n[[block]]\npath = 'a.img'\nid = 'ROOT'\n",
+        r#"
+error: `from_block` is "ROTO", the `id` of no disk
+ --> vms/vm.toml:1:19
+  |
+1 | boot.from_block = 'ROTO'
+  |                   ^^^^^^
+  |
+  = help: did you mean "ROOT"?
+"#,
+    );
+    said(
+        "boot.from_block = '0'\n[[block]]\npath = 'a.img'\n",
+        r#"
+error: `from_block` is "0", the `id` of no disk
+ --> vms/vm.toml:1:19
+  |
+1 | boot.from_block = '0'
+  |                   ^^^
+  |
+  = help: there is one disk, 0: an index stands without quotes
+"#,
+    );
+    said(
+        "boot.from_block = true\n[[block]]\npath = 'a.img'\n",
+        r#"
+error: `from_block` is true, expected the index of a disk, from 0, or its `id`
+ --> vms/vm.toml:1:19
+  |
+1 | boot.from_block = true
+  |                   ^^^^
+"#,
+    );
+}

@@ -96,7 +96,10 @@ fn the_name_defaults_to_the_stem_of_the_file_which_must_be_one() {
 
 #[test]
 fn paths_are_relative_to_the_folder_of_the_file() {
-    let kernel = |path: &str| vm(&format!("[boot]\nkernel = '{path}'")).boot.kernel.path;
+    let kernel = |path: &str| {
+        let vm = vm(&format!("[boot]\nkernel = '{path}'"));
+        vm.boot.kernel.unwrap().path
+    };
     assert_eq!(kernel("k"), Path::new("vms/k"));
     assert_eq!(kernel("../k"), Path::new("vms/../k"));
     assert_eq!(kernel("/boot/k"), Path::new("/boot/k"));
@@ -105,12 +108,15 @@ fn paths_are_relative_to_the_folder_of_the_file() {
         ..source()
     };
     let vm = parse(b"boot.kernel = 'k'", &source, &Renderer::plain()).unwrap();
-    assert_eq!(vm.boot.kernel.path, Path::new("k"));
+    assert_eq!(vm.boot.kernel.unwrap().path, Path::new("k"));
 }
 
 #[test]
 fn only_a_leading_tilde_and_slash_is_the_home_folder() {
-    let kernel = |path: &str| vm(&format!("[boot]\nkernel = '{path}'")).boot.kernel.path;
+    let kernel = |path: &str| {
+        let vm = vm(&format!("[boot]\nkernel = '{path}'"));
+        vm.boot.kernel.unwrap().path
+    };
     assert_eq!(kernel("~/k"), Path::new("/home/ada/k"));
     assert_eq!(kernel("~//k"), Path::new("/home/ada/k"));
     assert_eq!(kernel("~k"), Path::new("vms/~k"));
@@ -236,4 +242,16 @@ fn dates_and_numbers_past_all_limits_are_values_like_others() {
             "{error}"
         );
     }
+}
+
+#[test]
+fn a_disk_to_boot_from_is_named_by_index_or_id() {
+    let disk = |name: &str| {
+        let disks = "[[block]]\npath = 'a.img'\n[[block]]\npath = 'b.img'\nid = 'ROOT'";
+        vm(&format!("boot.from_block = {name}\n{disks}")).boot_disk()
+    };
+    assert_eq!(disk("0"), Some(0));
+    assert_eq!(disk("1"), Some(1));
+    assert_eq!(disk("'ROOT'"), Some(1));
+    assert_eq!(vm("boot.kernel = 'k'").boot_disk(), None);
 }

@@ -1,14 +1,12 @@
 //! bzImage: the Linux boot protocol with its 64-bit entry
 //! (Documentation/arch/x86/boot.rst and zero-page.rst of the kernel).
 
-use std::path::Path;
-
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{ByteValued, GuestAddress};
 
 use super::{
-    Entry, GuestMemory, KernelFile, Parameters, layout, load_initrd, low_ram_end, memory_too_small,
+    BootFile, Entry, GuestMemory, Parameters, layout, load_initrd, low_ram_end, memory_too_small,
     usable_ram, write, write_cmdline,
 };
 use crate::Result;
@@ -24,16 +22,12 @@ const E820_RESERVED: u32 = 2;
 
 pub(super) fn load(
     memory: &GuestMemory,
-    mut kernel: KernelFile<'_>,
-    initrd: Option<&Path>,
+    kernel: &BootFile,
+    initrd: Option<&BootFile>,
     parameters: &Parameters<'_>,
 ) -> Result<Entry> {
     let memory_size = parameters.memory_size;
-    let size = kernel
-        .file
-        .metadata()
-        .map_err(|e| kernel.bad(&format!("cannot be read: {e}")))?
-        .len();
+    let size = kernel.size()?;
     let ram_end = low_ram_end(memory_size);
     if layout::HIGH_RAM + size > ram_end {
         return Err(memory_too_small(
@@ -45,7 +39,7 @@ pub(super) fn load(
     let loaded = BzImage::load(
         memory,
         None,
-        &mut kernel.file,
+        &mut &kernel.file,
         Some(GuestAddress(layout::HIGH_RAM)),
     )
     .map_err(|error| kernel.bad(&format!("cannot be loaded: {error}")))?;
@@ -71,10 +65,10 @@ pub(super) fn load(
     write_cmdline(memory, parameters.cmdline, header.cmdline_size as usize)?;
     header.type_of_loader = LOADER_UNDEFINED;
     header.cmd_line_ptr = layout::CMDLINE as u32;
-    if let Some(path) = initrd {
+    if let Some(initrd) = initrd {
         let initrd = load_initrd(
             memory,
-            path,
+            initrd,
             kernel_end,
             header.initrd_addr_max.into(),
             memory_size,

@@ -1,21 +1,24 @@
 //! Loading a kernel: bzImage by the Linux boot protocol's 64-bit entry, ELF by PVH.
 
 mod cmdline;
+mod files;
+pub(crate) mod image;
+mod initramfs;
 mod linux;
 mod pvh;
 mod state;
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use vm_memory::{Bytes, GuestAddress};
 
 pub(crate) use cmdline::generate as cmdline;
+pub(crate) use files::BootFiles;
+use files::{BootFile, Part};
 pub(crate) use state::Entry;
 
 use super::layout::{self, HIGH_RAM, HOLE_START, LOW_RAM_END};
-use crate::config::Boot;
 use crate::devices::GuestMemory;
 use crate::devices::power::{RESET_OFFSET, RESET_VALUE};
 use crate::{Error, Result};
@@ -35,13 +38,12 @@ pub(crate) struct Parameters<'a> {
 /// Loads the kernel and its initrd, and returns where and how the first vCPU enters.
 pub(crate) fn load(
     memory: &GuestMemory,
-    boot: &Boot,
+    files: &BootFiles,
     parameters: &Parameters<'_>,
 ) -> Result<Entry> {
     write(memory, &reset_code(), layout::RESET_VECTOR)?;
-    let mut kernel = KernelFile::open(&boot.kernel.path)?;
-    let initrd = boot.initrd.as_ref().map(|initrd| &*initrd.path);
-    match kernel.kind()? {
+    let (kernel, initrd) = (&files.kernel, files.initrd.as_ref());
+    match kind(kernel)? {
         Kind::BzImage => linux::load(memory, kernel, initrd, parameters),
         Kind::Elf => pvh::load(memory, kernel, initrd, parameters),
     }
@@ -49,7 +51,7 @@ pub(crate) fn load(
 
 /// Whether there is something to load at the initrd's path.
 pub(crate) fn check_initrd(path: &Path) -> Result<()> {
-    open_initrd(path).map(drop)
+    BootFile::open(Part::Initrd, path)?.filled().map(drop)
 }
 
 /// All there is of a BIOS: at its reset vector, a write to the reset register in real mode. A
@@ -75,74 +77,29 @@ enum Kind {
     Elf,
 }
 
-/// An open kernel file and its name for messages.
-struct KernelFile<'a> {
-    file: File,
-    path: &'a Path,
-}
-
-impl<'a> KernelFile<'a> {
-    fn open(path: &'a Path) -> Result<Self> {
-        Ok(KernelFile {
-            file: open("boot.kernel", "kernel", path)?,
-            path,
-        })
-    }
-
-    /// An error about this file: `what` completes "the kernel PATH …".
-    fn bad(&self, what: &str) -> Error {
-        Error::usage(format!("the kernel {} {what}", self.path.display())).about("boot.kernel")
-    }
-
-    fn kind(&mut self) -> Result<Kind> {
-        // The boot sector's end and the magic of the setup header (Documentation/arch/x86/boot.rst).
-        const MAGIC_OFFSET: usize = 0x202;
-        let mut start = Vec::with_capacity(MAGIC_OFFSET + 4);
-        Read::by_ref(&mut self.file)
-            .take(MAGIC_OFFSET as u64 + 4)
-            .read_to_end(&mut start)
-            .and_then(|_| self.file.seek(SeekFrom::Start(0)))
-            .map_err(|error| self.bad(&format!("cannot be read: {error}")))?;
-        if start.starts_with(b"\x7fELF") {
-            Ok(Kind::Elf)
-        } else if start.get(MAGIC_OFFSET..) == Some(b"HdrS") {
-            Ok(Kind::BzImage)
-        } else {
-            let what = match start.get(..4) {
-                None => "is no kernel: it is too short",
-                Some(b"\x1f\x8b\x08\x00" | b"\x1f\x8b\x08\x08") => "is a gzip file, not a kernel",
-                Some(_) => "is no kernel: it is neither a bzImage nor an ELF file",
-            };
-            Err(self
-                .bad(what)
-                .help("give a bzImage (a distribution's /boot/vmlinuz-…) or an ELF vmlinux"))
-        }
-    }
-}
-
-/// Opens a regular file that the configuration names under `key`: the kernel or initrd.
-fn open(key: &str, what: &str, path: &Path) -> Result<File> {
-    let path_shown = path.display();
-    let failed = |error: io::Error| {
-        Error::unopenable(&format!("the {what} {path_shown}"), &error)
-            .help("paths in a VM's file are relative to that file")
-            .about(key)
-    };
-    let refused = |kind| {
-        let message = format!("the {what} {path_shown} is {kind}, expected a regular file");
-        Error::usage(message).about(key)
-    };
-    // A FIFO without a writer would block the opening: it is opened without waiting and refused.
-    let flags =
-        rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC;
-    let file = rustix::fs::open(path, flags, rustix::fs::Mode::empty())
-        .map(File::from)
-        .map_err(|error| failed(error.into()))?;
-    let metadata = file.metadata().map_err(failed)?;
-    match metadata.is_file() {
-        true => Ok(file),
-        false if metadata.is_dir() => Err(refused("a directory")),
-        false => Err(refused("a special file")),
+/// Tells by its start what a kernel is.
+fn kind(kernel: &BootFile) -> Result<Kind> {
+    // The boot sector's end and the magic of the setup header (Documentation/arch/x86/boot.rst).
+    const MAGIC_OFFSET: usize = 0x202;
+    let mut start = Vec::with_capacity(MAGIC_OFFSET + 4);
+    (&kernel.file)
+        .take(MAGIC_OFFSET as u64 + 4)
+        .read_to_end(&mut start)
+        .and_then(|_| (&kernel.file).seek(SeekFrom::Start(0)))
+        .map_err(|error| kernel.bad(&format!("cannot be read: {error}")))?;
+    if start.starts_with(b"\x7fELF") {
+        Ok(Kind::Elf)
+    } else if start.get(MAGIC_OFFSET..) == Some(b"HdrS") {
+        Ok(Kind::BzImage)
+    } else {
+        let what = match start.get(..4) {
+            None => "is no kernel: it is too short",
+            Some(b"\x1f\x8b\x08\x00" | b"\x1f\x8b\x08\x08") => "is a gzip file, not a kernel",
+            Some(_) => "is no kernel: it is neither a bzImage nor an ELF file",
+        };
+        Err(kernel
+            .bad(what)
+            .help("give a bzImage (a distribution's /boot/vmlinuz-…) or an ELF vmlinux"))
     }
 }
 
@@ -186,12 +143,12 @@ struct Initrd {
 /// `kernel_end`.
 fn load_initrd(
     memory: &GuestMemory,
-    path: &Path,
+    initrd: &BootFile,
     kernel_end: u64,
     address_max: u64,
     memory_size: u64,
 ) -> Result<Initrd> {
-    let (mut file, size) = open_initrd(path)?;
+    let size = initrd.filled()?;
     let top = low_ram_end(memory_size).min(address_max.saturating_add(1));
     let address = top.checked_sub(size).map(|address| address / PAGE * PAGE);
     let address = address
@@ -201,42 +158,20 @@ fn load_initrd(
             // More memory does not help where it is not memory that lacks.
             let limit = HOLE_START.min(address_max.saturating_add(1));
             match needed > limit {
-                true => Error::usage(format!(
-                    "the initrd {} is {} MiB, this kernel takes at most {} MiB",
-                    path.display(),
-                    size.div_ceil(1 << 20),
-                    limit.saturating_sub(kernel_end) >> 20
-                ))
-                .help("leave out of it what a disk can hold")
-                .about("boot.initrd"),
+                true => initrd
+                    .bad(&format!(
+                        "is {} MiB, this kernel takes at most {} MiB",
+                        size.div_ceil(1 << 20),
+                        limit.saturating_sub(kernel_end) >> 20
+                    ))
+                    .help("leave out of it what a disk can hold"),
                 false => memory_too_small(memory_size, needed, "the kernel with its initrd"),
             }
         })?;
     memory
-        .read_exact_volatile_from(GuestAddress(address), &mut file, size as usize)
-        .map_err(|error| unreadable_initrd(path, &error))?;
+        .read_exact_volatile_from(GuestAddress(address), &mut &initrd.file, size as usize)
+        .map_err(|error| initrd.failed(&error))?;
     Ok(Initrd { address, size })
-}
-
-/// Opens an initrd that has something in it; also returns its size in bytes.
-fn open_initrd(path: &Path) -> Result<(File, u64)> {
-    let file = open("boot.initrd", "initrd", path)?;
-    let metadata = file.metadata();
-    let size = metadata
-        .map_err(|error| unreadable_initrd(path, &error))?
-        .len();
-    match size {
-        0 => {
-            let message = format!("the initrd {} is empty", path.display());
-            Err(Error::usage(message).about("boot.initrd"))
-        }
-        size => Ok((file, size)),
-    }
-}
-
-fn unreadable_initrd(path: &Path, error: &dyn std::fmt::Display) -> Error {
-    let message = format!("cannot read the initrd {}: {error}", path.display());
-    Error::failed(message).about("boot.initrd")
 }
 
 /// Writes the command line with its NUL. `limit` is the longest that the kernel takes.

@@ -1,15 +1,13 @@
 //! ELF vmlinux: the PVH boot protocol (Xen's misc/pvh and include/xen/interface/hvm/start_info.h
 //! of the kernel).
 
-use std::path::Path;
-
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use linux_loader::loader::{KernelLoader, elf};
 use vm_memory::{ByteValued, GuestAddress};
 
 use super::{
-    Entry, GuestMemory, KernelFile, Parameters, layout, load_initrd, low_ram_end, memory_too_small,
+    BootFile, Entry, GuestMemory, Parameters, layout, load_initrd, low_ram_end, memory_too_small,
     usable_ram, write, write_cmdline,
 };
 use crate::Result;
@@ -24,15 +22,15 @@ const CMDLINE_SIZE: usize = 2048;
 
 pub(super) fn load(
     memory: &GuestMemory,
-    mut kernel: KernelFile<'_>,
-    initrd: Option<&Path>,
+    kernel: &BootFile,
+    initrd: Option<&BootFile>,
     parameters: &Parameters<'_>,
 ) -> Result<Entry> {
     let memory_size = parameters.memory_size;
     let loaded = Elf::load(
         memory,
         None,
-        &mut kernel.file,
+        &mut &kernel.file,
         Some(GuestAddress(layout::HIGH_RAM)),
     );
     let loaded = loaded.map_err(|error| match error {
@@ -64,8 +62,8 @@ pub(super) fn load(
     };
     let mut tables = Vec::new();
     let tables_address = layout::PVH_START_INFO + size_of::<hvm_start_info>() as u64;
-    if let Some(path) = initrd {
-        let initrd = load_initrd(memory, path, loaded.kernel_end, u64::MAX, memory_size)?;
+    if let Some(initrd) = initrd {
+        let initrd = load_initrd(memory, initrd, loaded.kernel_end, u64::MAX, memory_size)?;
         start_info.nr_modules = 1;
         start_info.modlist_paddr = tables_address;
         let module = hvm_modlist_entry {

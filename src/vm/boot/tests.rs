@@ -35,7 +35,7 @@ fn bzimage(change: impl FnOnce(&mut setup_header)) -> Vec<u8> {
 
 struct Bench {
     folder: tempfile::TempDir,
-    boot: Boot,
+    boot: crate::config::Boot,
 }
 
 impl Bench {
@@ -43,10 +43,12 @@ impl Bench {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("kernel");
         fs::write(&path, kernel).unwrap();
-        let boot = Boot {
-            kernel: HostFile::at(path),
+        let boot = crate::config::Boot {
+            kernel: Some(HostFile::at(path)),
             initrd: None,
+            from_block: None,
             cmdline: String::new(),
+            from_block_at: None,
         };
         Bench { folder, boot }
     }
@@ -65,7 +67,7 @@ impl Bench {
             cmdline,
             rsdp: layout::ACPI.start,
         };
-        load(&memory, &self.boot, &parameters).map(|entry| (entry, memory))
+        load(&memory, &BootFiles::named(&self.boot)?, &parameters).map(|entry| (entry, memory))
     }
 
     fn refusal(&self, memory_size: u64, cmdline: &str) -> String {
@@ -200,7 +202,7 @@ fn a_file_that_cannot_be_opened_is_refused_with_the_reason() {
         (folder.join("none"), "No such file"),
         (folder.clone(), "is a directory, expected a regular file"),
     ] {
-        bench.boot.kernel.path = path;
+        bench.boot.kernel = Some(HostFile::at(path));
         let message = bench.refusal(64 * MIB, "");
         assert!(message.contains(what), "{message}");
     }
@@ -241,8 +243,9 @@ fn mutated_kernels_are_loaded_or_refused() {
                 let at = range.start + random() as usize % range.len();
                 kernel[at] = random() as u8;
             }
-            fs::write(&bench.boot.kernel.path, &kernel).unwrap();
-            if let Err(error) = load(&memory, &bench.boot, &parameters) {
+            fs::write(&bench.boot.kernel.as_ref().unwrap().path, &kernel).unwrap();
+            let files = BootFiles::named(&bench.boot).unwrap();
+            if let Err(error) = load(&memory, &files, &parameters) {
                 assert_eq!(error.exit, crate::exit::USAGE, "{error}");
             }
         }
@@ -257,7 +260,7 @@ fn each_error_is_shown_at_the_key_it_is_about() {
     assert_eq!(good().initrd(0).blamed(64 * MIB, ""), "'initrd'");
     assert_eq!(good().initrd(99 << 20).blamed(64 * MIB, ""), "'16MiB'");
     let mut bench = good().initrd(1);
-    bench.boot.initrd = Some(HostFile::at(bench.folder.path()));
+    bench.boot.initrd = Some(HostFile::at("/dev/null"));
     assert_eq!(bench.blamed(64 * MIB, ""), "'initrd'");
     assert_eq!(good().blamed(64 * MIB, &"x".repeat(2048)), "'quiet'");
 }

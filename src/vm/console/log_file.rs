@@ -26,7 +26,7 @@ pub(crate) fn same_file<'a>(log: &Metadata, config: &'a Vm) -> Option<&'a Path> 
     let log = Some(log).filter(|log| log.is_file())?;
     let same = |file: Metadata| (file.dev(), file.ino()) == (log.dev(), log.ino());
     let disks = config.block.iter().map(|block| &*block.path);
-    let boot = [&config.boot.kernel].into_iter().chain(&config.boot.initrd);
+    let boot = config.boot.kernel.iter().chain(&config.boot.initrd);
     let mut others = disks.chain(boot.map(|file| &*file.path));
     others.find(|other| std::fs::metadata(other).is_ok_and(same))
 }

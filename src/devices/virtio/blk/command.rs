@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, SyncSender};
 use std::time::{Duration, Instant};
 
-use formats::File;
+use formats::{Buffer, File, Segments};
 
 use super::worker::{Gate, Worker};
 use crate::devices::virtio::Activation;
@@ -21,6 +21,8 @@ pub(super) enum Command {
     Reset(SyncSender<()>),
     /// Changes the size of the image, in bytes.
     Resize(u64, Sender<Step>),
+    /// Reads so many bytes at an offset.
+    Read(u64, usize, SyncSender<io::Result<Vec<u8>>>),
     /// Makes what was written durable.
     Flush(SyncSender<io::Result<()>>),
     /// Stops serving, closes the image and ends the thread.
@@ -77,6 +79,9 @@ impl Worker {
                         self.ring.on_progress(|_| {});
                         let _ = steps.send(Step::Done(result));
                     }
+                    Command::Read(offset, len, answer) => {
+                        let _ = answer.send(self.read(offset, len).await);
+                    }
                     Command::Flush(answer) => {
                         let _ = answer.send(self.flush().await);
                     }
@@ -120,6 +125,20 @@ impl Worker {
             interrupt.config_changed();
         }
         result
+    }
+
+    async fn read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        let disk = self.disk()?;
+        let end = offset.checked_add(len as u64);
+        if end.is_none_or(|end| end > disk.size()) {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let align = disk.limits().memory_alignment.max(1) as usize;
+        let to = Segments::from_buffer(Buffer::zeroed(len, align)?);
+        disk.read(offset, to.clone()).await?;
+        let mut bytes = vec![0; len];
+        to.copy_to(&mut bytes);
+        Ok(bytes)
     }
 
     async fn flush(&self) -> io::Result<()> {

@@ -72,6 +72,13 @@ impl BlkHandle {
         self.shared.closing.store(true, Ordering::Relaxed);
     }
 
+    /// The `len` bytes at `offset`, both multiples of the block size; a guest may be there.
+    ///
+    /// Fails with the host's error, or `UnexpectedEof` where the disk does not go that far.
+    pub fn read(&self, offset: u64, len: usize) -> io::Result<Vec<u8>> {
+        self.call(|answer| Command::Read(offset, len, answer))?
+    }
+
     /// Makes every completed write durable.
     pub fn flush(&self) -> io::Result<()> {
         self.call(Command::Flush)?

@@ -1,0 +1,177 @@
+//! The files that are booted: kernel and initrd, opened.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use rustix::fs::{MemfdFlags, Mode, OFlags};
+
+use super::initramfs;
+use crate::config::Boot;
+use crate::{Error, Result};
+
+/// What is booted.
+pub(crate) struct BootFiles {
+    pub(super) kernel: BootFile,
+    pub(super) initrd: Option<BootFile>,
+    /// Number of the partition with the root file system, on the disk that they were read from.
+    pub(crate) root_partition: Option<u32>,
+}
+
+impl BootFiles {
+    /// Opens the files that the configuration names.
+    pub(crate) fn named(boot: &Boot) -> Result<BootFiles> {
+        let kernel = boot.kernel.as_ref().ok_or_else(|| {
+            Error::usage("there is no kernel to boot").help("write `kernel` in `[boot]`")
+        })?;
+        let initrd = boot.initrd.as_ref();
+        Ok(BootFiles {
+            kernel: BootFile::open(Part::Kernel, &kernel.path)?,
+            initrd: initrd
+                .map(|file| BootFile::open(Part::Initrd, &file.path))
+                .transpose()?,
+            root_partition: None,
+        })
+    }
+}
+
+/// Which of the two it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Part {
+    Kernel,
+    Initrd,
+}
+
+impl Part {
+    /// As messages call it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Part::Kernel => "kernel",
+            Part::Initrd => "initrd",
+        }
+    }
+
+    fn key(self) -> &'static str {
+        match self {
+            Part::Kernel => "boot.kernel",
+            Part::Initrd => "boot.initrd",
+        }
+    }
+}
+
+/// An open kernel or initrd, and what messages call it.
+pub(super) struct BootFile {
+    pub(super) file: File,
+    part: Part,
+    shown: String,
+    /// The key of the VM's file that an error is about.
+    key: &'static str,
+}
+
+impl BootFile {
+    /// Opens a regular file of the host; an initrd may be a folder, which is packed.
+    pub(super) fn open(part: Part, path: &Path) -> Result<BootFile> {
+        let (what, shown) = (part.name(), path.display());
+        let failed = |error: io::Error| {
+            Error::unopenable(&format!("the {what} {shown}"), &error)
+                .help("paths in a VM's file are relative to that file")
+                .about(part.key())
+        };
+        let refused = |kind, expected| {
+            let message = format!("the {what} {shown} is {kind}, expected {expected}");
+            Error::usage(message).about(part.key())
+        };
+        // A FIFO without a writer would block the opening: it is opened without waiting and
+        // refused.
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let file = rustix::fs::open(path, flags, Mode::empty())
+            .map(File::from)
+            .map_err(|error| failed(error.into()))?;
+        let metadata = file.metadata().map_err(failed)?;
+        let file = match part {
+            _ if metadata.is_file() => file,
+            Part::Initrd if metadata.is_dir() => initramfs::pack(path)?,
+            Part::Initrd => return Err(refused("a special file", "a regular file or a folder")),
+            Part::Kernel if metadata.is_dir() => {
+                return Err(refused("a directory", "a regular file"));
+            }
+            Part::Kernel => return Err(refused("a special file", "a regular file")),
+        };
+        Ok(BootFile {
+            file,
+            part,
+            shown: shown.to_string(),
+            key: part.key(),
+        })
+    }
+
+    /// A file that was read from a disk of the VM, as `shown`.
+    pub(super) fn from_disk(part: Part, shown: String, file: File) -> BootFile {
+        BootFile {
+            file,
+            part,
+            shown,
+            key: "boot.from_block",
+        }
+    }
+
+    /// Size in bytes.
+    pub(super) fn size(&self) -> Result<u64> {
+        let metadata = self.file.metadata();
+        metadata
+            .map(|metadata| metadata.len())
+            .map_err(|error| self.failed(&error))
+    }
+
+    /// Size in bytes of a file that has something in it.
+    pub(super) fn filled(&self) -> Result<u64> {
+        match self.size()? {
+            0 => Err(self.bad("is empty")),
+            size => Ok(size),
+        }
+    }
+
+    /// An error about this file: `what` completes "the kernel PATH …".
+    pub(super) fn bad(&self, what: &str) -> Error {
+        let BootFile {
+            part, shown, key, ..
+        } = self;
+        Error::usage(format!("the {} {shown} {what}", part.name())).about(*key)
+    }
+
+    /// The host could not read it.
+    pub(super) fn failed(&self, error: &dyn std::fmt::Display) -> Error {
+        let BootFile {
+            part, shown, key, ..
+        } = self;
+        Error::failed(format!("cannot read the {} {shown}: {error}", part.name())).about(*key)
+    }
+}
+
+/// A file without a name, in memory, that is filled from its start.
+pub(super) struct Scratch {
+    file: File,
+    len: u64,
+}
+
+impl Scratch {
+    pub(super) fn new(part: Part) -> io::Result<Scratch> {
+        let file = rustix::fs::memfd_create(part.name(), MemfdFlags::CLOEXEC)?;
+        Ok(Scratch {
+            file: file.into(),
+            len: 0,
+        })
+    }
+
+    pub(super) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(bytes, self.len)?;
+        self.len += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// The file, to be read from its start.
+    pub(super) fn into_file(self) -> File {
+        self.file
+    }
+}
