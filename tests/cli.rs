@@ -90,7 +90,7 @@ error: unknown key `initramfs` in `[boot]`
 4 | initramfs = 'i'
   | ^^^^^^^^^
   |
-  = help: known here: kernel, initrd, cmdline
+  = help: known here: kernel, initrd, from_block, cmdline
 
 error: invalid basic string, expected `"`
  --> c.toml:1:17
