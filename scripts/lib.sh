@@ -33,6 +33,13 @@ up_to_date() {
     done
 }
 
+# copy_image FROM TO: an image of one's own, sharing blocks with the other where the file system can.
+copy_image() {
+    cp --reflink=auto --sparse=always "$1" "$2.part"
+    chmod u+w "$2.part"
+    mv "$2.part" "$2"
+}
+
 # copy_busybox ROOT: busybox and a link for every applet.
 copy_busybox() {
     mkdir -p "$1"/{bin,dev,etc,proc,root,run,sys,tmp}

@@ -46,12 +46,7 @@ pub(crate) fn repository() -> PathBuf {
 /// A root disk with Debian that nothing writes: where the cases run in an outer machine, not the one that
 /// configs/debian has there.
 pub(crate) fn debian_base() -> PathBuf {
-    let folder = repository().join("configs/debian");
-    let base = folder.join("base.img");
-    match base.exists() {
-        true => base,
-        false => folder.join("root.img"),
-    }
+    repository().join("configs/debian-qcow2/base.img")
 }
 
 /// The `launcher` under test.
@@ -146,14 +141,16 @@ impl Folder {
         fs::copy(files().join("root.img"), self.path(name)).unwrap();
     }
 
-    /// The kernel and initrd of a checked-in configuration; its vm.toml.
+    /// What a checked-in configuration boots, as links; its vm.toml.
     pub(crate) fn config(&self, name: &str) -> String {
         let config = repository().join("configs").join(name);
-        for file in ["vmlinuz", "initrd.img"] {
+        for file in ["vmlinuz", "initrd.img", "base.img"] {
             let _ = fs::remove_file(self.path(file));
-            symlink(config.join(file), self.path(file)).unwrap();
+            if config.join(file).exists() {
+                symlink(config.join(file), self.path(file)).unwrap();
+            }
         }
-        fs::read_to_string(config.join("vm.toml")).unwrap()
+        fs::read_to_string(config.join("vm.toml")).unwrap_or_default()
     }
 
     /// `launcher up vm.toml` with this vm.toml.

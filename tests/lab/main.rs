@@ -15,10 +15,12 @@
 mod blocks;
 mod boot;
 mod client;
+mod configs;
 mod console;
 mod control;
 mod disks;
 mod errors;
+mod from_block;
 mod guest;
 mod hang;
 mod kills;
@@ -41,6 +43,8 @@ fn main() -> ExitCode {
     };
     let all = [
         boot::CASES,
+        configs::CASES,
+        from_block::CASES,
         disks::CASES,
         blocks::CASES,
         lifecycle::CASES,

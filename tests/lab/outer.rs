@@ -13,10 +13,11 @@ use crate::runner::{self, Case};
 const LIMIT: u64 = 3600;
 
 /// Programs with which cases check on the host side what guests have written.
-const PROGRAMS: [&str; 5] = [
+const PROGRAMS: [&str; 6] = [
     "/sbin/e2fsck",
     "/sbin/debugfs",
     "/sbin/mke2fs",
+    "/sbin/sfdisk",
     "/usr/bin/qemu-img",
     "/usr/bin/qemu-io",
 ];
@@ -66,17 +67,36 @@ pub(crate) fn run(cases: &[Case], filtered: usize) -> bool {
     let mut carried: Vec<_> = ["vmlinuz", "vmlinux", "guest.img", "root.img"]
         .map(|name| files.join(name))
         .into();
-    for config in ["hello", "debian"] {
+    for (config, names) in [
+        ("hello", &["vm.toml", "vmlinuz", "initrd.img"][..]),
+        ("kernel-dev", &["vm.toml", "vmlinuz", "rootfs"]),
+        (
+            "blocklab",
+            &["vm.toml", "vmlinuz", "initrd.img", "base.img"],
+        ),
+        ("debian", &["vm.toml"]),
+        ("debian-qcow2", &["vm.toml"]),
+        ("fleet", &["web.toml", "db.toml", "cache.toml"]),
+    ] {
         let folder = repository().join("configs").join(config);
-        carried.extend(["vm.toml", "vmlinuz", "initrd.img"].map(|name| folder.join(name)));
+        carried.extend(names.iter().map(|name| folder.join(name)));
     }
     if needs_debian(cases) {
         // A gigabyte is not carried in memory: the image is a disk of the outer machine. Another of it is never
         // written.
-        let image = repository().join("configs/debian/root.img");
-        for (disk, name) in [("/dev/vda", "root.img"), ("/dev/vdb", "base.img")] {
-            command.arg("--disk").arg(&image).arg("--link");
-            command.arg(format!("{disk}={}", image.with_file_name(name).display()));
+        let configs = repository().join("configs");
+        for (config, disk, name) in [
+            ("debian", "/dev/vda", "root.img"),
+            ("debian-qcow2", "/dev/vdb", "base.img"),
+            ("fleet", "/dev/vdb", "base.img"),
+        ] {
+            let place = configs.join(config).join(name);
+            if config != "fleet" {
+                command.arg("--disk").arg(&place);
+            }
+            command
+                .arg("--link")
+                .arg(format!("{disk}={}", place.display()));
         }
     }
     for file in carried.iter().filter(|file| file.exists()) {
@@ -126,7 +146,8 @@ pub(crate) fn run(cases: &[Case], filtered: usize) -> bool {
 
 /// Whether one of the cases boots Debian, which takes minutes to make.
 fn needs_debian(cases: &[Case]) -> bool {
-    cases.iter().any(|case| case.name.contains("debian"))
+    let debian = |case: &Case| case.name.contains("debian") || case.name.contains("fleet");
+    cases.iter().any(debian)
 }
 
 /// A copy without debug information, which is most of the file and would all be carried.
