@@ -8,12 +8,12 @@ use super::output::{complain, print};
 use super::up;
 use crate::config::Vm;
 use crate::control::Place;
-use crate::{Result, config, exit, vm};
+use crate::{Result, config, exit, sources, vm};
 
 /// Check the files of VMs, and the host's files that they name, and show every problem
 ///
-/// The kernel is loaded, images are opened as they would be, and read: nothing is created,
-/// written, fetched or executed. Files that `launcher up` would fetch or build first are no
+/// The kernel is loaded, images are opened as they would be, and read, digests are compared:
+/// nothing is created, written, fetched or executed. Files that `launcher up` would fetch or build first are no
 /// problem, and neither is that a VM runs. Exits with 2 if there is a problem.
 #[derive(Args)]
 #[command(
@@ -37,7 +37,11 @@ impl Check {
         for file in vms.into_iter().map(super::file) {
             let problems = match config::load(&file) {
                 Ok(_) if self.quick => Vec::new(),
-                Ok(vm) => vm::check(&vm, up::engine()?, runs(&vm))?,
+                Ok(vm) => {
+                    let mut problems = vm::check(&vm, up::engine()?, runs(&vm))?;
+                    problems.extend(sources::mistaken(&vm));
+                    problems
+                }
                 Err(error) => vec![error],
             };
             if problems.is_empty() {

@@ -62,15 +62,9 @@ pub(crate) fn make(vm: &Vm, rebuild: bool) -> Result<Vec<Made>> {
 ///
 /// # Errors
 ///
-/// All that differ, each with its place and both digests (exit code 2), or those that cannot be
-/// read.
+/// All that differ, each with its place and both digests (exit code 2), or that cannot be read.
 pub(crate) fn verify(vm: &Vm) -> Result<()> {
-    let files = vm.host_files();
-    let wrong: Vec<_> = files
-        .iter()
-        .filter_map(|(key, file)| differs(vm, key, file).err())
-        .map(|error| error.at(&vm.places))
-        .collect();
+    let wrong = differing(vm, |_| true);
     if wrong.len() < 2 {
         return wrong.into_iter().next().map_or(Ok(()), Err);
     }
@@ -81,7 +75,22 @@ pub(crate) fn verify(vm: &Vm) -> Result<()> {
     Err(all)
 }
 
-fn differs(vm: &Vm, key: &str, file: &HostFile) -> Result<()> {
+/// What [`verify`] would say of the files that are there.
+pub(crate) fn mistaken(vm: &Vm) -> Vec<Error> {
+    differing(vm, is_there)
+}
+
+/// The errors of those files whose digest is not what the VM's file says.
+fn differing(vm: &Vm, of_interest: impl Fn(&Path) -> bool) -> Vec<Error> {
+    let files = vm.host_files();
+    let files = files.iter().filter(|(_, file)| of_interest(&file.path));
+    files
+        .filter_map(|(key, file)| compare(vm, key, file).err())
+        .map(|error| error.at(&vm.places))
+        .collect()
+}
+
+fn compare(vm: &Vm, key: &str, file: &HostFile) -> Result<()> {
     let Some(expected) = file.sha256 else {
         return Ok(());
     };
@@ -98,11 +107,10 @@ fn differs(vm: &Vm, key: &str, file: &HostFile) -> Result<()> {
     } else {
         format!("if this is the file that is meant, write `sha256 = \"{found}\"`")
     };
-    Err(
-        Error::usage(format!("`sha256` is {expected}, but {path} has {found}"))
-            .help(help)
-            .about(format!("{key}.sha256")),
-    )
+    let message = format!("`sha256` is {expected}, but {path} has {found}");
+    Err(Error::usage(message)
+        .help(help)
+        .about(format!("{key}.sha256")))
 }
 
 /// Whether there is a file. One that cannot be looked at is: opening it will say why it fails.

@@ -46,7 +46,7 @@ pub fn check(config: &Vm, engine: Engine, runs: bool) -> Result<Vec<Error>> {
 
 /// Whether `launcher up` would fetch or build the file first.
 fn comes_later(file: &config::HostFile) -> bool {
-    !file.path.exists() && (file.url.is_some() || !file.build.is_empty())
+    !file.path.exists() && file.has_source()
 }
 
 /// Loads the kernel and the initrd as for a start, into memory that no guest sees.

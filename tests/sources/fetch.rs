@@ -435,9 +435,10 @@ fn a_vm_boots_what_was_fetched() {
 #[test]
 fn commands_that_only_look_fetch_nothing() {
     let server = Server::start(|request, stream| whole(request, stream, b""));
-    let url = server.url("a.img");
+    let (url, kernel) = (server.url("a.img"), server.url("k"));
     let folder = Folder::new(&format!(
-        "boot.kernel = \"k\"\n[[block]]\nurl = \"{url}\"\nsha256 = \"{}\"\nephemeral = true\n",
+        "boot.kernel = {{ url = \"{kernel}\", sha256 = \"{}\" }}\n[[block]]\nurl = \"{url}\"\nsha256 = \"{}\"\nephemeral = true\n",
+        sha256(b""),
         sha256(b"")
     ));
     let done = folder.launcher(&["check"]);

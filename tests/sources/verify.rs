@@ -4,14 +4,17 @@ use super::{Folder, sha256};
 
 #[test]
 fn every_file_that_differs_is_shown_with_both_digests() {
-    let (wrong, a, k) = (sha256(b"wrong"), sha256(b"a"), sha256(b"k"));
+    let wrong = sha256(b"wrong");
     let folder = Folder::new(&format!(
         "[boot.kernel]\npath = \"k\"\nsha256 = \"{wrong}\"\n[[block]]\npath = \"a.img\"\nro = true\n\
          sha256 = \"{wrong}\"\n"
     ));
-    folder.write("k", "k");
-    folder.write("a.img", "a");
-    for command in ["prepare", "up"] {
+    let kernel = super::bare::kernel(super::bare::POWER_OFF);
+    let k = sha256(&kernel);
+    folder.write("k", kernel);
+    folder.write("a.img", [0; 512]);
+    let a = sha256(&[0; 512]);
+    for command in ["prepare", "up", "check"] {
         let done = folder.launcher(&[command]);
         let carets = "^".repeat(66);
         assert_eq!(done.code, 2);
