@@ -167,7 +167,7 @@ fn is_ours_alone(folder: &Path) -> bool {
 }
 
 /// The name of the file for the files like this one.
-fn slot(identity: &Identity) -> String {
+pub(super) fn slot(identity: &Identity) -> String {
     let Digest([first, ..]) = Digest::of_bytes(identity.name().as_bytes());
     format!("{first:02x}")
 }
