@@ -53,8 +53,11 @@ fn list(entries: &[&Entry]) -> String {
     table(&rows.collect::<Vec<_>>())
 }
 
+/// How long lines are, in characters.
+const WIDTH: usize = 80;
+
 fn explained(entry: &Entry, all: &[Entry]) -> String {
-    let mut text = format!("{}\n\n{}\n", entry.path, wrapped(&entry.meaning));
+    let mut text = format!("{}\n\n{}\n", entry.path, wrapped(&entry.meaning, WIDTH));
     let words = entry
         .words
         .iter()
@@ -94,14 +97,13 @@ fn indented(text: &str) -> String {
     lines.collect()
 }
 
-/// Text in lines of at most 80 characters.
-fn wrapped(text: &str) -> String {
-    const WIDTH: usize = 80;
+/// Text in lines of at most so many characters.
+pub(super) fn wrapped(text: &str, most: usize) -> String {
     let mut lines = String::new();
     let mut width = 0;
     for word in text.split(' ') {
         let len = word.chars().count();
-        if width > 0 && width + 1 + len > WIDTH {
+        if width > 0 && width + 1 + len > most {
             lines.push('\n');
             width = 0;
         } else if width > 0 {
@@ -119,11 +121,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_are_at_most_80_characters() {
-        let text = wrapped(&"seven77 ".repeat(20));
+    fn lines_are_at_most_as_long_as_said() {
+        let text = wrapped(&"seven77 ".repeat(20), 80);
         let widths: Vec<_> = text.lines().map(|line| line.trim_end().len()).collect();
         assert_eq!(widths, [79, 79]);
-        assert_eq!(wrapped("short"), "short");
+        assert_eq!(wrapped("short", 80), "short");
     }
 
     #[test]

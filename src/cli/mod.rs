@@ -8,6 +8,7 @@ mod doctor;
 mod explain;
 mod fleet;
 mod formats;
+mod init;
 mod lock;
 pub mod log;
 mod logs;
@@ -60,6 +61,7 @@ enum Command {
     Wait(wait::Wait),
     Disk(disk::Disk),
     Reset(reset::Reset),
+    Init(init::Init),
     Check(check::Check),
     Explain(explain::Explain),
     Schema(schema::Schema),
@@ -113,6 +115,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Wait(wait) => wait.run(),
         Command::Disk(disk) => disk.run(),
         Command::Reset(reset) => reset.run(),
+        Command::Init(init) => init.run(),
         Command::Check(check) => check.run(),
         Command::Explain(explain) => explain.run(),
         Command::Schema(schema) => schema.run(),

@@ -25,7 +25,9 @@ use std::sync::Arc;
 use crate::control::Subject;
 use crate::control::messages::{Event, How};
 
-pub use check::check;
+#[cfg(test)]
+pub(crate) use boot::tests::bare_kernel;
+pub use check::{check, check_kernel};
 pub use run::run;
 pub use shape::{Device, Function, Shape, shape};
 

@@ -26,7 +26,7 @@ pub(super) struct Options {
 /// never by its content. A raw one is thin: nothing is allocated of what is only looked at.
 ///
 /// `flag` is the option of the command line that names it, if there is one.
-pub(super) fn format_of(
+pub(in crate::cli) fn format_of(
     path: &Path,
     written: Option<&str>,
     flag: Option<&str>,
@@ -84,7 +84,7 @@ pub(super) fn allocated(format: &'static Format) -> Result<&'static Format> {
 }
 
 /// Whether images of this format are the bytes of the disk.
-pub(super) fn raw_name(name: &str) -> bool {
+pub(in crate::cli) fn raw_name(name: &str) -> bool {
     name == raw_for(true) || name == raw_for(false)
 }
 

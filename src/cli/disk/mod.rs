@@ -17,6 +17,7 @@ mod which;
 use clap::{Args, Subcommand};
 
 use crate::Result;
+pub(super) use format::{format_of, raw_name};
 
 /// List, resize, create, convert, check and snapshot the disks of VMs
 #[derive(Args)]

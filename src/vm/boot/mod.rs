@@ -203,4 +203,4 @@ fn write(memory: &GuestMemory, bytes: &[u8], address: u64) -> Result<()> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -33,6 +33,11 @@ fn bzimage(change: impl FnOnce(&mut setup_header)) -> Vec<u8> {
     image
 }
 
+/// A bzImage that loads.
+pub(crate) fn bare_kernel() -> Vec<u8> {
+    bzimage(|_| ())
+}
+
 struct Bench {
     folder: tempfile::TempDir,
     boot: crate::config::Boot,
