@@ -230,3 +230,77 @@ fn an_ephemeral_disk_s_image_is_as_it_was_after_the_run() {
         "nothing is left beside it"
     );
 }
+
+/// An ext4 image with these files.
+fn ext4(folder: &Folder, image: &str, files: &[(&str, &[u8])]) {
+    for (path, content) in files {
+        let place = folder.path("tree").join(path);
+        fs::create_dir_all(place.parent().unwrap()).unwrap();
+        fs::write(place, content).unwrap();
+    }
+    let made = Command::new("/sbin/mke2fs")
+        .args(["-q", "-t", "ext4", "-d", "tree", image, "8M"])
+        .current_dir(folder.0.path())
+        .status();
+    assert!(made.unwrap().success());
+}
+
+#[test]
+fn a_kernel_is_booted_from_the_disk_that_has_it() {
+    let folder = Folder::new();
+    let kernel = bare::kernel(bare::POWER_OFF);
+    ext4(&folder, "disk.img", &[("boot/vmlinuz-1", &kernel)]);
+    let text = "[boot]\nfrom_block = 'ROOT'\n[[block]]\npath = 'disk.img'\nid = 'ROOT'\n";
+    said(folder.up(text), 0, "");
+    let qcow2 = ["convert", "-O", "qcow2", "disk.img", "disk.qcow2"];
+    let made = Command::new("qemu-img")
+        .args(qcow2)
+        .current_dir(folder.0.path())
+        .status();
+    assert!(made.unwrap().success());
+    said(folder.up(&text.replace(".img", ".qcow2")), 0, "");
+    said(folder.up(&format!("{text}ephemeral = true")), 0, "");
+}
+
+#[test]
+fn a_disk_without_a_kernel_is_shown_where_it_is_to_boot_from() {
+    let folder = Folder::new();
+    ext4(&folder, "disk.img", &[("etc/fstab", b"")]);
+    said(
+        folder.up("[boot]\nfrom_block = 0\n[[block]]\npath = 'disk.img'\n"),
+        2,
+        r"
+error: `disk.img` has no kernel: neither /vmlinuz nor /boot/vmlinuz-* is in its file system
+ --> vm.toml:2:14
+  |
+2 | from_block = 0
+  |              ^
+  |
+  = help: install a kernel in it (Debian: `apt install linux-image-amd64`), or name one of the host with `kernel`
+",
+    );
+}
+
+#[test]
+fn a_folder_is_an_initrd() {
+    let folder = Folder::new();
+    fs::create_dir(folder.path("root")).unwrap();
+    fs::write(folder.path("root/init"), "#!/bin/sh").unwrap();
+    let text = "boot.kernel = 'k'\nboot.initrd = 'root'\n";
+    said(folder.up(text), 0, "");
+    let big = fs::File::create(folder.path("root/big")).unwrap();
+    big.set_len(2 << 30).unwrap();
+    said(
+        folder.up(text),
+        2,
+        r"
+error: the initrd root has more than 1024 MiB
+ --> vm.toml:2:15
+  |
+2 | boot.initrd = 'root'
+  |               ^^^^^^
+  |
+  = help: leave out of it what a disk can hold
+",
+    );
+}
