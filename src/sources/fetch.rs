@@ -104,8 +104,8 @@ impl Source<'_> {
             if found == self.digest {
                 return Ok(part.becomes(self.place)?);
             }
-            part.empty()?;
             if !begun {
+                part.remove()?;
                 let message = format!(
                     "`sha256` is {}, but {} gives {found}",
                     self.digest, self.url
@@ -116,6 +116,7 @@ impl Source<'_> {
                 );
                 return Err(Failure::Digest(Error::usage(message).help(help)));
             }
+            part.cut(0)?;
             messages::say(
                 "launcher: what an earlier start has left of it is of no use: fetching it whole",
             );
@@ -290,8 +291,8 @@ impl Part {
         sought.map(drop).map_err(self.failed("write"))
     }
 
-    fn empty(&mut self) -> Result<()> {
-        self.cut(0)
+    fn remove(self) -> Result<()> {
+        fs::remove_file(&self.path).map_err(self.failed("remove"))
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {

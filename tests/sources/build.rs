@@ -226,6 +226,8 @@ fn commands_that_only_look_run_nothing() {
         (done.code, &*done.out, &*done.err),
         (0, "vm.toml: ok\n", "")
     );
+    folder.launcher(&["lock", "vm.toml"]);
+    folder.launcher(&["lock", "--check", "vm.toml"]);
     folder.launcher(&["disk", "list", "vm.toml"]);
     folder.launcher(&["disk", "info", "vm.toml", "0"]);
     assert!(!folder.path("k").exists() && !folder.path("a.img").exists());

@@ -206,7 +206,9 @@ fn a_file_of_another_digest_is_refused_with_both_and_not_kept() {
             "^".repeat(66)
         )
     );
-    assert!(!folder.cached(&expected, "vmlinuz").exists());
+    for name in ["vmlinuz", "vmlinuz.part"] {
+        assert!(!folder.cached(&expected, name).exists(), "{name}");
+    }
 }
 
 #[test]
@@ -336,6 +338,33 @@ fn redirects_are_followed_but_not_round_and_round() {
 }
 
 #[test]
+fn what_is_missing_is_asked_for_behind_a_redirect_too() {
+    let content = content();
+    let server = Server::start({
+        let content = content.clone();
+        move |request, stream| {
+            if request.path == "/vmlinuz" {
+                return write!(
+                    stream,
+                    "HTTP/1.1 307 Over there\r\nLocation: /b\r\nContent-Length: 0\r\n\
+                     Connection: close\r\n\r\n"
+                );
+            }
+            head(request, stream, &content)?;
+            match request.from {
+                None => stream.write_all(&content[..100_000]),
+                Some(from) => stream.write_all(&content[from..]),
+            }
+        }
+    });
+    let folder = folder_for(&server);
+    let done = folder.launcher(&["prepare"]);
+    assert_eq!(done.code, 0, "{done:?}");
+    let twice = [None, None, Some(100_000), Some(100_000)];
+    assert_eq!(server.ranges(), twice);
+}
+
+#[test]
 fn a_host_without_a_server_is_an_error_soon() {
     let gone = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/vmlinuz", gone.local_addr().unwrap());
@@ -446,8 +475,10 @@ fn commands_that_only_look_fetch_nothing() {
         (done.code, &*done.out, &*done.err),
         (0, "vm.toml: ok\n", "")
     );
+    folder.launcher(&["lock", "vm.toml"]);
+    folder.launcher(&["lock", "--check", "vm.toml"]);
     folder.launcher(&["disk", "list", "vm.toml"]);
     folder.launcher(&["disk", "info", "vm.toml", "0"]);
     assert!(server.asked().is_empty());
-    assert!(!folder.path("cache").exists());
+    assert!(!folder.path("cache/launcher/files").exists());
 }
