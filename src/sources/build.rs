@@ -51,10 +51,18 @@ impl<'a> Commands<'a> {
         let absent: Vec<_> = own.iter().filter(|file| !is_there(&file.path)).collect();
         if let Err(error) = run(which) {
             // Half a file would be taken for a whole one at the next start.
-            for file in absent.iter().filter(|file| file.path.is_file()) {
-                let _ = std::fs::remove_file(&file.path);
-            }
-            return Err(blame(error));
+            let begun = absent.iter().filter(|file| file.path.is_file());
+            let removed: Vec<_> = begun
+                .filter(|file| std::fs::remove_file(&file.path).is_ok())
+                .map(|file| file.path.display().to_string())
+                .collect();
+            return Err(blame(match &removed[..] {
+                [] => error,
+                removed => error.help(format!(
+                    "what it had begun is removed: {}",
+                    removed.join(", ")
+                )),
+            }));
         }
         match own.into_iter().find(|file| !is_there(&file.path)) {
             None => Ok(Made::Built),
@@ -126,10 +134,10 @@ fn run((folder, build): Which<'_>) -> Result<()> {
     let status = status.map_err(failed)?;
     match status.success() {
         true => Ok(()),
-        false => Err(
-            Error::failed(format!("`build` has failed: {line} {}", ended(status)))
-                .help("what it has printed is above; a file that it had begun is removed"),
-        ),
+        false => Err(Error::failed(format!(
+            "`build` has failed: {line} {}",
+            ended(status)
+        ))),
     }
 }
 

@@ -1,24 +1,21 @@
 //! Files that a server has: fetched once, to the cache.
 //!
-//! What has come so far stands beside the file as `NAME.part`, locked by the one that fetches:
-//! another waits for it, and whoever comes after an interruption goes on where it ended.
+//! What has come so far is kept: whoever comes after an interruption goes on where it ended.
 
 mod http;
+mod part;
 #[cfg(test)]
 mod tests;
 
-use std::fs::{self, File, Permissions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use formats::Progress;
-use rustix::fs::{FlockOperation, flock};
-use rustix::io::Errno;
 
 use self::http::{Answer, Client, Trouble};
-use super::is_there;
+use self::part::Part;
 use crate::config::{HostFile, size};
 use crate::digest::{self, Digest};
 use crate::{Error, Result, messages, progress};
@@ -100,7 +97,7 @@ impl Source<'_> {
         let mut begun = part.len()? > 0;
         loop {
             self.download(&client, &mut part)?;
-            let found = part.sync().and_then(|()| digest::of(&part.path))?;
+            let found = part.sync().and_then(|()| digest::of(part.path()))?;
             if found == self.digest {
                 return Ok(part.becomes(self.place)?);
             }
@@ -211,115 +208,17 @@ impl Source<'_> {
 
     /// Refuses what the file system has no room for.
     fn fits(&self, part: &Part, len: u64, what: impl Fn() -> String) -> Result<()> {
-        let room = (self.limits.room)(&part.file).map_err(part.failed("look at"))?;
+        let room = (self.limits.room)(part.file()).map_err(part.failed("look at"))?;
         if len <= room {
             return Ok(());
         }
         let (url, what, room) = (self.url, what(), size::show(room));
-        let path = part.path.display();
+        let path = part.path().display();
         Err(Error::failed(format!(
             "cannot fetch {url}: {what}, and there is room for {room}"
         ))
         .help(format!(
             "make room on the file system of {path}, or set XDG_CACHE_HOME to another"
         )))
-    }
-}
-
-/// What has come so far of a file, locked.
-struct Part {
-    path: PathBuf,
-    file: File,
-}
-
-impl Part {
-    /// Locks it; `None` if meanwhile somebody else has fetched the file.
-    fn lock(place: &Path) -> Result<Option<Part>> {
-        let mut name = place.as_os_str().to_owned();
-        name.push(".part");
-        let path = PathBuf::from(name);
-        let failed = |what: &'static str| failed(&path, what);
-        if let Some(folder) = place.parent() {
-            fs::create_dir_all(folder).map_err(failed("create"))?;
-        }
-        loop {
-            let open = File::options()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .open(&path);
-            let file = open.map_err(failed("open"))?;
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Err(Errno::WOULDBLOCK) => {
-                    messages::say(format_args!(
-                        "launcher: waiting for another launcher that fetches {}",
-                        place.display()
-                    ));
-                    flock(&file, FlockOperation::LockExclusive)
-                }
-                other => other,
-            }
-            .map_err(|errno| failed("lock")(errno.into()))?;
-            // It may have become the file while we waited, or before we had opened it.
-            let same = |there: fs::Metadata, own: fs::Metadata| {
-                (there.dev(), there.ino()) == (own.dev(), own.ino())
-            };
-            let own = file.metadata().map_err(failed("look at"))?;
-            let ours = fs::symlink_metadata(&path).is_ok_and(|there| same(there, own));
-            if is_there(place) {
-                if ours {
-                    let _ = fs::remove_file(&path);
-                }
-                return Ok(None);
-            }
-            if ours {
-                return Ok(Some(Part { path, file }));
-            }
-        }
-    }
-
-    fn len(&self) -> Result<u64> {
-        let meta = self.file.metadata().map_err(self.failed("look at"))?;
-        Ok(meta.len())
-    }
-
-    /// Keeps so many bytes of it: the next ones are written behind them.
-    fn cut(&mut self, len: u64) -> Result<()> {
-        self.file.set_len(len).map_err(self.failed("cut"))?;
-        let sought = self.file.seek(SeekFrom::Start(len));
-        sought.map(drop).map_err(self.failed("write"))
-    }
-
-    fn remove(self) -> Result<()> {
-        fs::remove_file(&self.path).map_err(self.failed("remove"))
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        let written = self.file.write_all(bytes);
-        written.map_err(self.failed("write"))
-    }
-
-    fn sync(&self) -> Result<()> {
-        self.file.sync_all().map_err(self.failed("write"))
-    }
-
-    /// Makes it the file, which nobody is to write again.
-    fn becomes(self, place: &Path) -> Result<()> {
-        let set = self.file.set_permissions(Permissions::from_mode(0o444));
-        set.and_then(|()| fs::rename(&self.path, place))
-            .map_err(self.failed("rename"))
-    }
-
-    fn failed(&self, what: &'static str) -> impl Fn(io::Error) -> Error {
-        failed(&self.path, what)
-    }
-}
-
-fn failed(path: &Path, what: &'static str) -> impl Fn(io::Error) -> Error + use<> {
-    let path = path.display().to_string();
-    move |error| {
-        Error::failed(format!("cannot {what} {path}: {error}"))
-            .help("XDG_CACHE_HOME sets where what is fetched is kept")
     }
 }

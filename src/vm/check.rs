@@ -128,11 +128,7 @@ pub fn check_kernel(kernel: &Path, initrd: Option<&Path>, memory: u64) -> Result
 }
 
 /// Loads kernel and initrd as for a start; also returns the memory that they are in.
-fn load(
-    files: &BootFiles,
-    memory: u64,
-    cmdline: &str,
-) -> Result<(Result<()>, Arc<GuestMemory>)> {
+fn load(files: &BootFiles, memory: u64, cmdline: &str) -> Result<(Result<()>, Arc<GuestMemory>)> {
     // Nothing is loaded above the hole, and the mapping stays.
     let memory_size = memory.min(layout::HOLE_START);
     let memory = memory::allocate(memory_size)?;

@@ -125,8 +125,8 @@ fn a_command_that_fails_is_shown_with_its_exit_code_and_leaves_no_half_a_file() 
             done.err,
             "launcher: building: `./prepare.sh` (in .)\n\
              error: `build` has failed: `./prepare.sh` exits with 7\n --> vm.toml:3:9\n  |\n\
-             3 | build = \"./prepare.sh\"\n  |         ^^^^^^^^^^^^^^\n  |\n  = help: what it has \
-             printed is above; a file that it had begun is removed\n"
+             3 | build = \"./prepare.sh\"\n  |         ^^^^^^^^^^^^^^\n  |\n  = help: what it had \
+             begun is removed: k\n"
         );
         assert!(!folder.path("k").exists());
     }

@@ -1,6 +1,9 @@
 //! Servers that keep one waiting, or send more than there is room for.
 
+use std::fs;
+use std::io::Write;
 use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
 use std::thread;
 
 use super::*;
