@@ -14,7 +14,7 @@ use formats::Progress;
 use rustix::fs::{Mode, OFlags};
 use sha2::{Digest as _, Sha256};
 
-use crate::{Error, Result, progress};
+use crate::{Error, Result, initramfs, progress};
 use cache::{Cache, Identity};
 
 /// A SHA-256 digest. Written as 64 lower-case hex digits, read in either case.
@@ -94,6 +94,20 @@ impl FromStr for Digest {
 /// meanwhile.
 pub fn of(path: &Path) -> Result<Digest> {
     of_with(path, &Cache::of_user(), SystemTime::now, read)
+}
+
+/// The digest of what a VM reads as `key`, such as "boot.initrd", which may be a folder: its digest
+/// is that of the archive that is booted.
+///
+/// # Errors
+///
+/// As those of [`of`], or what keeps the folder from being packed.
+pub fn of_input(key: &str, path: &Path) -> Result<Digest> {
+    if key != "boot.initrd" || !path.is_dir() {
+        return of(path);
+    }
+    let failed = |error| Error::failed(format!("cannot read {}: {error}", path.display()));
+    read(&mut initramfs::pack(path)?, path).map_err(failed)
 }
 
 /// How often a file is read that changes meanwhile.

@@ -98,7 +98,7 @@ impl Gathering<'_> {
         {
             return sha256;
         }
-        digest::of(&file.path).unwrap_or_else(|error| {
+        digest::of_input(key, &file.path).unwrap_or_else(|error| {
             self.missing(key, error);
             Digest::of_bytes(b"")
         })

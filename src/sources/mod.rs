@@ -94,7 +94,8 @@ fn compare(vm: &Vm, key: &str, file: &HostFile) -> Result<()> {
     let Some(expected) = file.sha256 else {
         return Ok(());
     };
-    let found = digest::of(&file.path).map_err(|error| error.about(format!("{key}.path")))?;
+    let found = digest::of_input(key, &file.path);
+    let found = found.map_err(|error| error.about(format!("{key}.path")))?;
     if found == expected {
         return Ok(());
     }

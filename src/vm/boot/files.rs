@@ -2,13 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::{MemfdFlags, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 
-use super::initramfs;
 use crate::config::Boot;
+use crate::initramfs;
 use crate::{Error, Result};
 
 /// What is booted.
@@ -146,32 +145,5 @@ impl BootFile {
             part, shown, key, ..
         } = self;
         Error::failed(format!("cannot read the {} {shown}: {error}", part.name())).about(*key)
-    }
-}
-
-/// A file without a name, in memory, that is filled from its start.
-pub(super) struct Scratch {
-    file: File,
-    len: u64,
-}
-
-impl Scratch {
-    pub(super) fn new(part: Part) -> io::Result<Scratch> {
-        let file = rustix::fs::memfd_create(part.name(), MemfdFlags::CLOEXEC)?;
-        Ok(Scratch {
-            file: file.into(),
-            len: 0,
-        })
-    }
-
-    pub(super) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, self.len)?;
-        self.len += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// The file, to be read from its start.
-    pub(super) fn into_file(self) -> File {
-        self.file
     }
 }

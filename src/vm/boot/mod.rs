@@ -3,7 +3,6 @@
 mod cmdline;
 mod files;
 pub(crate) mod image;
-mod initramfs;
 mod linux;
 mod pvh;
 mod state;

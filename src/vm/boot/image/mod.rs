@@ -19,9 +19,10 @@ use std::time::Duration;
 
 use ext4_view::{Ext4, Ext4Error};
 
-use super::files::{BootFile, BootFiles, Part, Scratch};
+use super::files::{BootFile, BootFiles, Part};
 use crate::config::Block;
 use crate::devices::virtio::blk::BlkHandle;
+use crate::scratch::Scratch;
 use crate::{Error, Result};
 use contents::Contents;
 use kernels::Kernel;
@@ -197,7 +198,7 @@ impl Image {
             return Err(Error::usage(message));
         }
         let no_memory = |error| Error::failed(format!("no memory for {path}: {error}"));
-        let mut to = Scratch::new(part).map_err(no_memory)?;
+        let mut to = Scratch::new(part.name()).map_err(no_memory)?;
         let mut buffer = vec![0; 64 << 10];
         loop {
             let mut filled = 0;

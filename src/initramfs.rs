@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
 
-use super::files::{Part, Scratch};
+use crate::scratch::Scratch;
 use crate::{Error, Result};
 
 /// Most bytes of an archive: as much as an initrd from a disk may have.
@@ -24,10 +24,10 @@ const FILES_MOST: usize = 1 << 20;
 const NAME_MOST: usize = 4096;
 
 /// Packs what is in a folder; the folder itself is the guest's `/`.
-pub(super) fn pack(folder: &Path) -> Result<File> {
+pub(crate) fn pack(folder: &Path) -> Result<File> {
     let mut archive = Archive {
         folder,
-        to: Scratch::new(Part::Initrd)
+        to: Scratch::new("initrd")
             .map_err(|error| Error::failed(format!("no memory for the initrd: {error}")))?,
         len: 0,
         numbers: HashMap::new(),
@@ -310,6 +310,19 @@ mod tests {
     fn the_same_files_make_the_same_archive() {
         let (one, other) = (folder(), folder());
         assert_eq!(packed(one.path()), packed(other.path()));
+    }
+
+    #[test]
+    fn the_digest_of_a_folder_is_that_of_the_archive_that_is_booted() {
+        use crate::digest::{Digest, of, of_input};
+        let of_initrd = |path: &Path| of_input("boot.initrd", path);
+        let folder = folder();
+        let digest = of_initrd(folder.path()).unwrap();
+        assert_eq!(digest, Digest::of_bytes(&packed(folder.path())));
+        fs::write(folder.path().join("z/data"), b"even").unwrap();
+        assert_ne!(of_initrd(folder.path()).unwrap(), digest);
+        let file = folder.path().join("init");
+        assert_eq!(of_initrd(&file).unwrap(), of(&file).unwrap());
     }
 
     #[test]
