@@ -103,6 +103,7 @@ fn owner() -> Owner {
         name: "web".to_owned(),
         file: PathBuf::from("/vms/web.toml"),
         started_ms: 0,
+        laid: Default::default(),
     }
 }
 

@@ -80,7 +80,10 @@ fn a_vm_s_file_names_it_by_extension_and_gives_its_option() {
     let file = folder.path().join("vm.toml");
     let text = "boot.kernel = 'k'\n[[block]]\npath = 'a.turned'\n[block.turned]\nplaces = 3\n";
     fs::write(&file, text).unwrap();
-    let disk = config::load(&file).unwrap().block.remove(0);
+    let disk = config::load(&file, &config::Choice::default())
+        .unwrap()
+        .block
+        .remove(0);
     assert_eq!(disk.format, "turned");
     assert_eq!(disk.options, [("places", OptionValue::Number(3))]);
 }

@@ -30,6 +30,51 @@ first line of a file names the schema, [vm-toml.schema.json](vm-toml.schema.json
 ```
 
 <!-- Written by `UPDATE_DOCS=1 cargo test --test reference` from the code: do not edit. -->
+
+## Files over files, profiles, and single values
+
+What VMs have in common is written once, in a file that the others extend. What is another way to
+run a VM is a profile of it. What is for this once is set on the command line:
+
+```toml
+# vm.toml
+extends = [\"../base.toml\"]        # laid over these, the later over the earlier
+cpus = 4
+
+[[block]]                          # the disk of base.toml with this id, changed
+id = \"ROOT\"
+size = \"16GiB\"
+
+[profile.ci]                       # with `-p ci`
+lifecycle.on_reboot = \"stop\"
+[[profile.ci.block]]
+id = \"ROOT\"
+ephemeral = true
+```
+
+```sh
+launcher up vm.toml -p ci --set memory=2GiB --set block.ROOT.ro=true
+launcher config show vm.toml -p ci # what holds, and which line of which file says so
+```
+
+1. First come the files of `extends`, in their order; each may extend others, at most 8 files deep
+   and 64 in all. A file that is reached twice is an error.
+2. Then the VM's own file. Its name, if no file gives one, is that of this file.
+3. Then the profiles named with `-p NAME`, in their order. Those of the files that are extended
+   count: profiles of one name merge as the files do. A mistake in a profile that is not chosen is
+   shown all the same.
+4. Then what `--set KEY=VALUE` says, in its order. A key is written with dots, `boot.cmdline`; a disk
+   is its index or its `id`, `block.0.ro`, `block.ROOT.size`. A value is TOML; what is no TOML is a
+   text, so that `--set memory=2GiB` needs no quotes. `extends` and `profile` cannot be set.
+
+At each step tables merge key by key, and so does the table of a disk's format. A `[[block]]` with the
+`id` of one that is there changes that one in its place; any other is a further disk. Every other
+value replaces the one that was there, lists such as `backing` as well. A value keeps the folder of
+the file that wrote it for its paths; those of `--set` are relative to the current folder. Nothing can
+be taken away: a value that is to be its default again is written out.
+
+A file that others extend need not be a whole VM: what is missing is missed in the whole, and
+reported at the VM's own file.
 ";
 
 /// A cell of a table.
@@ -56,6 +101,7 @@ fn table(heading: &str, keys: &[Key], page: &mut String) {
             Takes::Files(_) => {
                 "a path, a table of a host file, below, or an array of them".to_owned()
             }
+            Takes::Profiles => format!("{}, above", key.takes.words()),
             tables => format!("{}, below", tables.words()),
         };
         let (name, default, mut doc) = (key.spelled(), default(key.absent), key.meaning());

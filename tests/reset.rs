@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use formats::{Engine, HostFile, Image, Ring};
-use launcher::control::{Owner, Place};
+use launcher::control::{Laid, Owner, Place};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use tempfile::TempDir;
 
@@ -273,6 +273,7 @@ fn a_vm_that_runs_is_refused() {
         name: "web".into(),
         file: folder.path("vm.toml").canonicalize().unwrap(),
         started_ms: 1,
+        laid: Laid::default(),
     };
     let _claim = place.claim(&owner).unwrap();
     assert_eq!(

@@ -1,4 +1,5 @@
-//! A VM's file from any bytes: plain data or diagnostics, in bounded time and memory.
+//! A VM's file from any bytes, its lines `#-p NAME` and `#--set KEY=VALUE` as the command line:
+//! plain data or diagnostics, in bounded time and memory.
 
 #![no_main]
 
@@ -6,9 +7,14 @@ use launcher::config::fuzzing::parse;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
-    if let Err(error) = parse(data) {
-        let text = error.to_string();
-        assert!(text.contains("error: "), "{text}");
-        assert!(text.len() < 1 << 20, "{} bytes of diagnostics", text.len());
+    match parse(data) {
+        Ok(vm) => {
+            vm.resolved();
+        }
+        Err(error) => {
+            let text = error.to_string();
+            assert!(text.contains("error: "), "{text}");
+            assert!(text.len() < 1 << 20, "{} bytes of diagnostics", text.len());
+        }
     }
 });

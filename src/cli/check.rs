@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::choice::Chosen;
 use super::output::{complain, print};
 use super::up;
 use crate::config::Vm;
@@ -22,6 +23,8 @@ use crate::{Result, config, exit, sources, vm};
 pub(super) struct Check {
     /// TOML files of VMs, or the folders of their vm.toml [default: vm.toml]
     vm: Vec<PathBuf>,
+    #[command(flatten)]
+    chosen: Chosen,
     /// Look at the TOML files alone
     #[arg(long)]
     quick: bool,
@@ -33,9 +36,10 @@ impl Check {
         if vms.is_empty() {
             vms.push(None);
         }
+        let choice = self.chosen.choice();
         let mut code = exit::DONE;
         for file in vms.into_iter().map(super::file) {
-            let problems = match config::load(&file) {
+            let problems = match config::load(&file, &choice) {
                 Ok(_) if self.quick => Vec::new(),
                 Ok(vm) => {
                     let mut problems = vm::check(&vm, up::engine()?, runs(&vm))?;

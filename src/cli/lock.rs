@@ -28,7 +28,7 @@ pub(super) struct Lock {
 
 impl Lock {
     pub(super) fn run(self) -> Result<u8> {
-        let vm = config::load(&super::file(self.vm))?;
+        let vm = config::load(&super::file(self.vm), &config::Choice::default())?;
         let place = lock::place(&vm.file)?;
         let (file, place) = (vm.file.display(), place.display());
         if !self.check {

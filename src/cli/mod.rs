@@ -1,7 +1,9 @@
 //! The command line: one file a command, or a few that are alike.
 
 mod check;
+mod choice;
 mod completions;
+mod config;
 mod console;
 mod disk;
 mod doctor;
@@ -63,6 +65,7 @@ enum Command {
     Reset(reset::Reset),
     Init(init::Init),
     Check(check::Check),
+    Config(config::Config),
     Explain(explain::Explain),
     Schema(schema::Schema),
     Lock(lock::Lock),
@@ -117,6 +120,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<u8> {
         Command::Reset(reset) => reset.run(),
         Command::Init(init) => init.run(),
         Command::Check(check) => check.run(),
+        Command::Config(config) => config.run(),
         Command::Explain(explain) => explain.run(),
         Command::Schema(schema) => schema.run(),
         Command::Lock(lock) => lock.run(),

@@ -30,7 +30,7 @@ impl Prepare {
         if self.rebuild {
             not_running(&Target::of(self.vm.clone())?)?;
         }
-        let vm = config::load(&super::file(self.vm))?;
+        let vm = config::load(&super::file(self.vm), &config::Choice::default())?;
         let made = sources::make(&vm, self.rebuild)?;
         let files = vm.host_files();
         let files = || files.iter().zip(&made);

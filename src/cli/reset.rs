@@ -10,7 +10,7 @@ use super::output::{print, rough, table};
 use super::target::Target;
 use super::up;
 use crate::config::Vm;
-use crate::control::Place;
+use crate::control::{Laid, Place};
 use crate::reset::{Exchange, Overlay, Plan};
 use crate::{Error, Result, exit};
 
@@ -44,7 +44,7 @@ impl Reset {
         let vm = target.config()?;
         // Nobody starts it meanwhile.
         let place = Place::of(vm.named.then_some(&*vm.name), &vm.file)?;
-        let _claim = place.claim(&up::owner(&vm))?;
+        let _claim = place.claim(&up::owner(&vm, Laid::default()))?;
         let plans = plans(&vm)?;
         print(&shown(&plans))?;
         let overlays: Vec<_> = plans

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
-use crate::config::{self, Vm};
+use super::choice;
+use crate::config::{self, Choice, Vm};
 use crate::control::messages::{DiskStatus, Order, Progress, Status};
 use crate::control::{self, Client, Owner, Place};
 use crate::{Error, Result, exit};
@@ -69,9 +70,15 @@ impl Target {
         &self.place
     }
 
-    /// What its TOML file says now.
+    /// What its TOML file says now, with what is laid over it if it runs.
     pub(super) fn config(&self) -> Result<Vm> {
-        config::load(&self.file)
+        let laid = self.owner.as_ref().map(|owner| choice::of(&owner.laid));
+        self.config_with(&laid.unwrap_or_default())
+    }
+
+    /// What its TOML file says now, with what is chosen laid over it.
+    pub(super) fn config_with(&self, choice: &Choice) -> Result<Vm> {
+        config::load(&self.file, choice)
     }
 
     /// Whether it runs.

@@ -9,10 +9,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use clap::{Args, ValueEnum};
 use formats::Engine;
 
+use super::choice::Chosen;
 use super::{fleet, span};
 use crate::config::{ConsoleMode, Vm};
 use crate::control::messages::{Event, Stopped};
-use crate::control::{Owner, Place, Server};
+use crate::control::{Laid, Owner, Place, Server};
 use crate::vm::{self, UpOptions};
 use crate::{Error, Result, config, lock, sources};
 use detach::Ready;
@@ -23,7 +24,7 @@ use detach::Ready;
 /// its own, as with --detach. The exit code is that of the first that failed.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  launcher up vm.toml\n  launcher up --detach --wait boot vm.toml\n  launcher up web.toml db.toml\n  launcher up --all fleet --wait boot"
+    after_help = "Examples:\n  launcher up vm.toml\n  launcher up --detach --wait boot vm.toml\n  launcher up vm.toml -p ci --set memory=2GiB\n  launcher up web.toml db.toml\n  launcher up --all fleet --wait boot"
 )]
 pub(super) struct Up {
     /// TOML files of VMs, or the folders of their vm.toml [default: vm.toml]
@@ -31,6 +32,8 @@ pub(super) struct Up {
     /// Boot every VM of a folder: each *.toml in it, and the vm.toml of each folder in it
     #[arg(long, value_name = "DIR", conflicts_with = "vm")]
     all: Option<PathBuf>,
+    #[command(flatten)]
+    chosen: Chosen,
     /// Return once the VM runs, and leave it running
     #[arg(short, long)]
     detach: bool,
@@ -95,7 +98,8 @@ impl Up {
     fn stay(self) -> Result<u8> {
         let engine = engine()?;
         let ready = self.ready.map(Ready::inherited).transpose()?;
-        let mut vm = config::load(&super::file(self.vm.into_iter().next()))?;
+        let file = super::file(self.vm.into_iter().next());
+        let mut vm = config::load(&file, &self.chosen.choice())?;
         if let Some(name) = &self.name {
             vm.rename(name)?;
         }
@@ -109,7 +113,7 @@ impl Up {
             vm.drop_what_is_written();
         }
         let place = Place::of(vm.named.then_some(&*vm.name), &vm.file)?;
-        let claim = place.claim(&owner(&vm))?;
+        let claim = place.claim(&owner(&vm, self.chosen.laid()))?;
         let detached = ready.is_some();
         let kept = detached || vm.console.mode == ConsoleMode::Socket;
         let options = UpOptions {
@@ -153,13 +157,14 @@ impl Up {
 }
 
 /// This process, as the owner of a VM.
-pub(super) fn owner(vm: &Vm) -> Owner {
+pub(super) fn owner(vm: &Vm, laid: Laid) -> Owner {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     Owner {
         pid: std::process::id(),
         name: vm.name.clone(),
         file: std::fs::canonicalize(&vm.file).unwrap_or_else(|_| vm.file.clone()),
         started_ms: now.map_or(0, |now| now.as_millis().try_into().unwrap_or(u64::MAX)),
+        laid,
     }
 }
 

@@ -13,6 +13,7 @@ use super::host_file::{self, HostFile, Origin};
 use super::image_format::{self, Written};
 use super::kinds::{Argument, BlockSize, DiskSize, FilePath, FormatName, Id, Queues, Sha256, Url};
 use super::options::{Given, Key, Table, default, derived, files, list, optional, options};
+use super::resolved::{self, Held};
 use super::section::{Context, Section};
 use crate::digest::Digest;
 
@@ -116,6 +117,10 @@ impl Block {
 
 impl Table for Block {
     const KEYS: &'static [Key] = Block::KEYS;
+
+    fn more(&self) -> Vec<Held> {
+        resolved::of_format(self)
+    }
 
     fn from_section(section: Section<'_>) -> Option<Self> {
         Block::from_sections(vec![section])?.pop()
@@ -277,7 +282,9 @@ impl GivenBlock {
         section.unknown_of(&names, &spelled);
         let written = self.format.at.is_some();
         self.format.value = Some(format?.name.to_owned());
-        self.finish(host_file::folder(cx), written, tables?)
+        let at = self.build.at.as_ref().or(self.path.at.as_ref());
+        let folder = host_file::folder(cx, at);
+        self.finish(folder, written, tables?)
     }
 
     /// Nothing of an ephemeral disk is worth while that is not written, or allocated ahead.

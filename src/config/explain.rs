@@ -299,12 +299,6 @@ mod tests {
     #[test]
     fn the_example_of_every_entry_is_a_file_that_is_right() {
         let formats = formats::formats().unwrap();
-        let source = super::super::Source {
-            file: std::path::Path::new("vm.toml"),
-            home: None,
-            cache: Some(std::path::Path::new("cache")),
-            formats: &formats,
-        };
         for entry in all() {
             let mut text = entry.example.clone();
             let located = text.contains("\npath = ") || text.contains("\nurl = ");
@@ -312,16 +306,36 @@ mod tests {
                 text = text.replacen("\n", "\npath = \"disk.qcow2\"\n", 1);
             }
             text = match (text.starts_with("[boot]"), text.contains("kernel")) {
+                (true, _) if text.contains("from_block") => {
+                    format!("{text}\n[[block]]\npath = \"disk.img\"")
+                }
                 (true, false) => format!("{text}\nkernel = \"vmlinuz\""),
                 (true, true) => text,
                 (false, _) if text.starts_with('[') => format!("boot.kernel = \"k\"\n{text}"),
                 (false, _) => format!("{text}\nboot.kernel = \"k\""),
             };
-            let read = super::super::parse(
-                text.as_bytes(),
-                &source,
-                &annotate_snippets::Renderer::plain(),
-            );
+            let file = std::path::Path::new("vm.toml");
+            // What it extends is empty.
+            let read = |path: &std::path::Path| {
+                Ok(crate::config::file::Content {
+                    bytes: if path == file {
+                        text.clone()
+                    } else {
+                        String::new()
+                    }
+                    .into_bytes(),
+                    identity: (0, (path != file).into()),
+                })
+            };
+            let source = crate::config::Source {
+                file,
+                home: None,
+                cache: Some(std::path::Path::new("cache")),
+                formats: &formats,
+                read: &read,
+            };
+            let plain = annotate_snippets::Renderer::plain();
+            let read = crate::config::parse(&source, &Default::default(), &plain);
             assert!(read.is_ok(), "{}", read.unwrap_err());
         }
     }

@@ -12,8 +12,20 @@ use crate::{Error, Result};
 /// The largest file that is read: far past any configuration that people or programs write.
 const LIMIT: u64 = 1 << 20;
 
+/// What is in a file.
+pub(super) struct Content {
+    pub(super) bytes: Vec<u8>,
+    /// Which file it is, by whatever name: device and inode.
+    pub(super) identity: (u64, u64),
+}
+
+/// The bytes of a regular file of at most [`LIMIT`] bytes.
+pub(crate) fn text(path: &Path) -> Result<Vec<u8>> {
+    Ok(read(path)?.bytes)
+}
+
 /// Reads a regular file of at most [`LIMIT`] bytes.
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
+pub(super) fn read(path: &Path) -> Result<Content> {
     let shown = path.display();
     let failed = |errno: rustix::io::Errno| {
         let error = Error::usage(format!("cannot read {shown}: {errno}"));
@@ -50,5 +62,8 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
             "{shown} is larger than {limit}, the limit of a VM's file"
         )));
     }
-    Ok(bytes)
+    Ok(Content {
+        bytes,
+        identity: (stat.st_dev, stat.st_ino),
+    })
 }

@@ -1,11 +1,13 @@
 //! A file of the host that a VM reads: where it is, what is in it, and where it comes from if it
 //! is not there.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::diagnostic::{Diagnostic, Kind};
 use super::kinds::{Argument, FilePath, Sha256, Url, last_part};
 use super::options::{Absent, Given, Key, Table, derived, list, optional, options};
+use super::resolved::Written;
 use super::section::{self, Context, Section};
 use super::vm::Vm;
 use crate::digest::Digest;
@@ -43,6 +45,29 @@ impl HostFile {
         }
     }
 
+    /// It as one would write it: a path, or a table. What is fetched has its place from its URL.
+    pub(super) fn written(&self) -> toml::Value {
+        let mut table = toml::Table::new();
+        if self.url.is_none() {
+            table.insert("path".to_owned(), self.path.written());
+        }
+        let sha256 = self.sha256.as_ref().map(Written::written);
+        table.extend(sha256.map(|digest| ("sha256".to_owned(), digest)));
+        let url = self.url.as_ref().map(Written::written);
+        table.extend(url.map(|url| ("url".to_owned(), url)));
+        if !self.build.is_empty() {
+            let words = self.build.iter().map(Written::written).collect();
+            table.insert("build".to_owned(), toml::Value::Array(words));
+        }
+        match table.remove("path") {
+            Some(path) if table.is_empty() => path,
+            path => {
+                table.extend(path.map(|path| ("path".to_owned(), path)));
+                toml::Value::Table(table)
+            }
+        }
+    }
+
     /// Whether `launcher up` makes it if it is not there.
     pub fn has_source(&self) -> bool {
         self.url.is_some() || !self.build.is_empty()
@@ -64,14 +89,17 @@ impl Table for HostFile {
             cx.report(missing.help("add `path = \"...\"`".to_owned()));
         }
         given.origin().locate(cx);
+        let header = section.at();
+        let places = [&given.build.at, &given.path.at, &header];
+        let folder = folder(cx, places.into_iter().flatten().next());
         section.unknown(HostFile::KEYS);
-        given.finish(folder(cx))
+        given.finish(folder)
     }
 }
 
-/// The folder of the file that is read.
-pub(super) fn folder(cx: &Context<'_>) -> PathBuf {
-    let folder = cx.file.parent().unwrap_or(Path::new(""));
+/// The folder of the file that has this place.
+pub(super) fn folder(cx: &Context<'_>, at: Option<&Range<usize>>) -> PathBuf {
+    let folder = at.map_or(Path::new(""), |at| cx.folder(at));
     folder.to_owned()
 }
 
@@ -241,7 +269,7 @@ fn one<'t>(
         };
     }
     let path = section::expecting::<FilePath>(section.cx, key, value, expects);
-    let folder = folder(section.cx);
+    let folder = folder(section.cx, path.at.as_ref());
     Given {
         value: path.value.map(|path| HostFile {
             folder,

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use formats::{Format, OptionKind, OptionValue, raw_for};
 
-use super::diagnostic::{Diagnostic, shortened};
+use super::diagnostic::{Diagnostic, Kind, shortened};
 use super::kinds::{Bytes, FilePath, Number, Word};
 use super::nearest::nearest;
 use super::options::Given;
@@ -82,7 +82,7 @@ fn by_name(cx: &Context<'_>, name: &str, at: std::ops::Range<usize>) -> Option<&
         one_of(&names)
     );
     let near = nearest(name, &names).map(|near| format!("did you mean \"{}\"?", names[near]));
-    cx.report(Diagnostic::value(Some(at), title).help(near));
+    cx.report(Diagnostic::new(Kind::Alone, Some(at), title).help(near));
     None
 }
 
@@ -233,7 +233,7 @@ fn chosen(
         one_of(words)
     );
     let near = nearest(&word, words).map(|near| format!("did you mean \"{}\"?", words[near]));
-    cx.report(Diagnostic::value(Some(at), title).help(near));
+    cx.report(Diagnostic::new(Kind::Alone, Some(at), title).help(near));
     None
 }
 

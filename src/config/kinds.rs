@@ -1,12 +1,14 @@
 //! The kinds of values that options take.
 
-use std::path::PathBuf;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use http::Uri;
 use http::uri::Authority;
 use serde::Deserialize;
 
+use super::resolved;
 use super::section::Context;
 use super::shape::Shape;
 use super::value::{Leaf, Listed, Scalar, Wrong, leaf, whole};
@@ -52,7 +54,8 @@ leaf! {
         } else {
             Err(Wrong::default())
         }
-    }
+    },
+    resolved::size
 }
 
 leaf! {
@@ -66,14 +69,15 @@ leaf! {
         } else {
             Err(Wrong::default())
         }
-    }
+    },
+    resolved::size
 }
 
 leaf! {
     /// Any size in bytes.
     Bytes(u64): "a size such as 65536 or \"64KiB\"",
     Shape::Size { min: 0, max: i64::MAX as u64, step: 1 }, "\"64KiB\"",
-    Scalar::bytes
+    Scalar::bytes, resolved::size
 }
 
 leaf! {
@@ -287,14 +291,23 @@ impl Leaf for FilePath {
     const SHAPE: Shape = Shape::Text("^[^\\u0000]+$");
     const EXAMPLE: &'static str = "\"disk.img\"";
 
-    fn plain(self, cx: &Context<'_>) -> Result<PathBuf, String> {
-        match (self.0.strip_prefix("~/"), cx.home) {
-            (Some(rest), Some(home)) => Ok(home.join(rest.trim_start_matches('/'))),
-            (Some(_), None) => Err("HOME is not set: write the path out".to_owned()),
-            (None, _) => Ok(match cx.file.parent() {
-                Some(folder) => folder.join(self.0),
-                None => self.0.into(),
-            }),
-        }
+    fn plain(self, cx: &Context<'_>, at: &Range<usize>) -> Result<PathBuf, String> {
+        resolve(&self.0, cx.folder(at), cx.home)
     }
+}
+
+/// What a path means that a file in `folder` writes. The error is what would help.
+pub(super) fn resolve(path: &str, folder: &Path, home: Option<&Path>) -> Result<PathBuf, String> {
+    if path.is_empty() || path.contains('\0') {
+        return Err(FilePath::EXPECTS.to_owned());
+    }
+    match (path.strip_prefix("~/"), home) {
+        (Some(rest), Some(home)) => Ok(home.join(rest.trim_start_matches('/'))),
+        (Some(_), None) => Err("HOME is not set: write the path out".to_owned()),
+        (None, _) => Ok(folder.join(path)),
+    }
+}
+
+impl Listed for FilePath {
+    const ONE_OR_MORE: &'static str = "a path or an array of paths";
 }

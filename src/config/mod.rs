@@ -1,30 +1,39 @@
 //! A VM's configuration as plain data: what vm.toml says, checked, defaults filled in.
 //!
-//! [`load`] reads a file and reports every mistake of it in one run. The options are declared in
-//! `vm.rs` and `block.rs`, each once: [`KEYS`] describes them all.
+//! [`load`] reads a file, with those that it extends, and reports every mistake of them in one
+//! run. The options are declared in `vm.rs` and `block.rs`, each once: [`KEYS`] describes them all.
+//!
+//! A text becomes a VM in these steps: `gather` reads the files, `syntax` makes tables of each,
+//! `layers` lays them one over the other as `merge` and `set` say, `section` reads the whole.
 
 mod block;
 mod diagnostic;
 mod explain;
 mod file;
+mod gather;
 mod host_file;
 mod image_format;
 mod kinds;
+mod layers;
 mod lines;
+mod merge;
 mod nearest;
 mod options;
 mod places;
+mod resolved;
 mod schema;
 mod section;
+mod set;
 mod shape;
 pub mod size;
 mod syntax;
+mod texts;
 mod value;
 mod vm;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use annotate_snippets::Renderer;
 use formats::Format;
@@ -32,14 +41,13 @@ use formats::Format;
 pub use self::block::Block;
 use self::diagnostic::Diagnostic;
 pub use self::explain::{Entry, Named, entries, find};
-pub(crate) use self::file::read as text;
+pub(crate) use self::file::text;
 pub use self::host_file::HostFile;
 pub use self::image_format::expects;
 pub(crate) use self::kinds::span_parts;
-use self::lines::Lines;
-use self::options::Table;
 pub use self::options::{Absent, Key, Takes};
 pub use self::places::Places;
+pub use self::resolved::{Holds, Origin, Setting};
 pub use self::schema::schema;
 use self::section::{Context, Section};
 pub use self::shape::Shape;
@@ -49,12 +57,22 @@ use crate::{Error, Result};
 /// The keys at the top of a VM's file; the tables' are below them.
 pub const KEYS: &[Key] = Vm::KEYS;
 
-/// Reads a VM's file.
+/// What the command line lays over a VM's file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Choice {
+    /// Names of profiles, the later over the earlier.
+    pub profiles: Vec<String>,
+    /// Single values as `KEY=VALUE`, over the profiles.
+    pub set: Vec<String>,
+    /// What paths in those are relative to; empty: the current folder.
+    pub folder: PathBuf,
+}
+
+/// Reads a VM's file, with those that it extends and what is chosen on the command line.
 ///
-/// The error (exit code 2) shows every mistake of the file with its line and column, in colour if
-/// standard error is a terminal. Files that the VM names are not looked at.
-pub fn load(file: &Path) -> Result<Vm> {
-    let bytes = file::read(file)?;
+/// The error (exit code 2) shows every mistake of the files with its line and column, in colour
+/// if standard error is a terminal. Files other than those are not looked at.
+pub fn load(file: &Path, choice: &Choice) -> Result<Vm> {
     let formats = formats::formats()?;
     let home = std::env::home_dir();
     let cache = crate::cache::folder("files");
@@ -63,75 +81,64 @@ pub fn load(file: &Path) -> Result<Vm> {
         home: home.as_deref(),
         cache: cache.as_deref(),
         formats: &formats,
+        read: &file::read,
     };
-    parse(&bytes, &source, &renderer()).map_err(Error::rendered)
+    parse(&source, choice, &renderer())
 }
 
-/// Where a text comes from, and what it is read with.
+/// Where a VM comes from, and what it is read with.
 struct Source<'a> {
     file: &'a Path,
     home: Option<&'a Path>,
     cache: Option<&'a Path>,
     formats: &'a [&'static Format],
+    /// How a file is read.
+    read: &'a dyn Fn(&Path) -> Result<file::Content>,
 }
 
-/// Reads a VM from text. The error is its diagnostics, laid out.
-fn parse(bytes: &[u8], source: &Source<'_>, renderer: &Renderer) -> Result<Vm, String> {
-    let path = source.file.display().to_string();
-    let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(bytes);
-    let text = String::from_utf8_lossy(bytes);
-    let lines = Lines::new(&text);
-    if let Some(diagnostic) = not_text(bytes) {
-        return Err(diagnostic::render(
-            &path,
-            &lines,
-            vec![diagnostic],
-            0,
+/// Reads a VM. The error is its diagnostics, laid out, or that its file cannot be read.
+fn parse(source: &Source<'_>, choice: &Choice, renderer: &Renderer) -> Result<Vm> {
+    let mut gathered = gather::gather(source.file, source.home, choice, source.read)?;
+    let (vm, diagnostics, hidden) = read(&gathered, source, choice);
+    match vm {
+        Some(mut vm) if diagnostics.is_empty() => {
+            vm.places.tell(std::mem::take(&mut gathered.texts));
+            Ok(vm)
+        }
+        _ => Err(Error::rendered(diagnostic::render(
+            &gathered.texts,
+            diagnostics,
+            hidden,
             renderer,
-        ));
+        ))),
     }
-    let (mended, errors) = syntax::mend(&text);
-    let parsed = syntax::parse(&lines, &mended, errors);
+}
+
+/// Reads a VM from its texts, with all that is wrong and how much more there is of that.
+fn read(
+    gathered: &gather::Gathered,
+    source: &Source<'_>,
+    choice: &Choice,
+) -> (Option<Vm>, Vec<Diagnostic>, usize) {
+    let layers = layers::lay(gathered, choice);
     let cx = Context {
         file: source.file,
-        text: &text,
+        texts: &gathered.texts,
         home: source.home,
         cache: source.cache,
         formats: source.formats,
-        diagnostics: RefCell::default(),
+        diagnostics: RefCell::new(layers.found),
+        part: Cell::new(false),
     };
-    let vm = Vm::from_section(Section::root(&cx, parsed.table));
+    for table in layers.alone {
+        cx.in_part(|| Vm::check(Section::root(&cx, table)));
+    }
+    let places = Places::of(&layers.whole);
+    let vm = Vm::from_section(Section::root(&cx, layers.whole), places);
     let mut diagnostics = cx.diagnostics.take();
-    diagnostics.retain(|diagnostic| parsed.damage.spares(&lines, diagnostic));
-    diagnostics.extend(parsed.diagnostics);
-    match vm {
-        Some(vm) if diagnostics.is_empty() => Ok(vm),
-        _ => Err(diagnostic::render(
-            &path,
-            &lines,
-            diagnostics,
-            parsed.hidden,
-            renderer,
-        )),
-    }
-}
-
-/// A file that is no text: where it stops to be one.
-fn not_text(bytes: &[u8]) -> Option<Diagnostic> {
-    if let Err(error) = std::str::from_utf8(bytes) {
-        // In the text shown, one character stands for what is not UTF-8.
-        let at = error.valid_up_to();
-        let shown = char::REPLACEMENT_CHARACTER.len_utf8();
-        return Some(Diagnostic::value(
-            Some(at..at + shown),
-            "this is not UTF-8 text",
-        ));
-    }
-    let nul = bytes.iter().position(|byte| *byte == 0)?;
-    Some(Diagnostic::value(
-        Some(nul..nul + 1),
-        "a NUL byte: this is not text",
-    ))
+    diagnostics.retain(|diagnostic| layers.belief.spares(diagnostic));
+    diagnostics.extend(layers.mistakes);
+    (vm, diagnostics, layers.hidden)
 }
 
 /// How messages on standard error are laid out.
@@ -151,17 +158,38 @@ fn renderer() -> Renderer {
 pub mod fuzzing {
     use super::*;
 
-    /// Reads a VM from the bytes of a file.
+    /// Reads a VM from the bytes of a file. Its lines `#-p NAME` and `#--set KEY=VALUE` are the
+    /// command line; what it extends is not there.
     pub fn parse(bytes: &[u8]) -> Result<Vm> {
         let formats = formats::formats()?;
+        let read = |path: &Path| match path == Path::new(FILE) {
+            true => Ok(file::Content {
+                bytes: bytes.to_owned(),
+                identity: (0, 0),
+            }),
+            false => Err(Error::usage("there is no other file")),
+        };
         let source = Source {
-            file: Path::new("/vm/vm.toml"),
+            file: Path::new(FILE),
             home: Some(Path::new("/home")),
             cache: Some(Path::new("/home/.cache/launcher/files")),
             formats: &formats,
+            read: &read,
         };
-        super::parse(bytes, &source, &Renderer::plain()).map_err(Error::rendered)
+        let text = String::from_utf8_lossy(bytes);
+        let mut choice = Choice::default();
+        for line in text.lines() {
+            let line = line.trim_end_matches('\r');
+            if let Some(name) = line.strip_prefix("#-p ") {
+                choice.profiles.push(name.to_owned());
+            } else if let Some(set) = line.strip_prefix("#--set ") {
+                choice.set.push(set.to_owned());
+            }
+        }
+        super::parse(&source, &choice, &Renderer::plain())
     }
+
+    const FILE: &str = "/vm/vm.toml";
 }
 
 #[cfg(test)]

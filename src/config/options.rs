@@ -6,6 +6,7 @@ use std::ops::Range;
 
 use super::host_file::{self, HostFile};
 use super::kinds::FilePath;
+use super::resolved::{Held, Part, Parts};
 use super::section::{self, Section};
 use super::shape::Shape;
 use super::value::{Leaf, Listed};
@@ -38,6 +39,9 @@ pub enum Takes {
     File(&'static [Key]),
     /// A [`Takes::File`] or an array of them.
     Files(&'static [Key]),
+    /// Tables by names of the user's own, each with the keys of the top of the file but `extends`
+    /// and `profile`.
+    Profiles,
 }
 
 /// What holds if a key is not written.
@@ -52,12 +56,13 @@ pub enum Absent {
 }
 
 impl Key {
-    /// The key as it is spelled in the file: `name`, `[boot]`, `[[block]]`.
+    /// The key as it is spelled in the file: `name`, `[boot]`, `[[block]]`, `[profile.NAME]`.
     pub fn spelled(&self) -> String {
         match self.takes {
             Takes::Value(..) | Takes::File(_) | Takes::Files(_) => self.name.to_owned(),
             Takes::Table(_) => format!("[{}]", self.name),
             Takes::Tables(_) => format!("[[{}]]", self.name),
+            Takes::Profiles => format!("[{}.NAME]", self.name),
         }
     }
 
@@ -69,7 +74,7 @@ impl Key {
     /// The keys of its table, if it takes one and nothing else.
     pub fn keys(&self) -> &'static [Key] {
         match self.takes {
-            Takes::Value(..) | Takes::File(_) | Takes::Files(_) => &[],
+            Takes::Value(..) | Takes::File(_) | Takes::Files(_) | Takes::Profiles => &[],
             Takes::Table(keys) | Takes::Tables(keys) => keys,
         }
     }
@@ -84,6 +89,7 @@ impl Takes {
             Takes::Tables(_) => "any number of tables",
             Takes::File(_) => host_file::ONE,
             Takes::Files(_) => host_file::ONE_OR_MORE,
+            Takes::Profiles => "a table for each name",
         }
     }
 }
@@ -130,6 +136,7 @@ pub(super) struct Spec<T> {
     absent: Absent,
     example: &'static str,
     read: fn(&mut Section<'_>, &'static str, Absent) -> Given<T>,
+    part: fn(&T) -> Part,
 }
 
 impl<T> Spec<T> {
@@ -151,6 +158,10 @@ impl<T> Spec<T> {
     pub(super) fn read(&self, section: &mut Section<'_>, name: &'static str) -> Given<T> {
         (self.read)(section, name, self.absent)
     }
+
+    pub(super) fn part(&self, name: &'static str, plain: &T) -> Held {
+        (name, self.absent, (self.part)(plain))
+    }
 }
 
 /// A value with a default, written as TOML.
@@ -160,6 +171,7 @@ pub(super) const fn default<L: Leaf>(literal: &'static str) -> Spec<L::Plain> {
         absent: Absent::Value(literal),
         example: L::EXAMPLE,
         read: section::value::<L>,
+        part: |plain| Part::Value(Some(L::written(plain))),
     }
 }
 
@@ -170,6 +182,7 @@ pub(super) const fn derived<L: Leaf>(words: &'static str) -> Spec<L::Plain> {
         absent: Absent::Words(words),
         example: L::EXAMPLE,
         read: section::value::<L>,
+        part: |plain| Part::Value(Some(L::written(plain))),
     }
 }
 
@@ -180,6 +193,7 @@ pub(super) const fn optional<L: Leaf>(words: &'static str) -> Spec<Option<L::Pla
         absent: Absent::Words(words),
         example: L::EXAMPLE,
         read: section::optional::<L>,
+        part: |plain| Part::Value(plain.as_ref().map(L::written)),
     }
 }
 
@@ -190,6 +204,10 @@ pub(super) const fn list<L: Listed>(words: &'static str) -> Spec<Vec<L::Plain>> 
         absent: Absent::Words(words),
         example: L::EXAMPLE,
         read: section::list::<L>,
+        part: |plain| {
+            let all = plain.iter().map(L::written).collect();
+            Part::Value((!plain.is_empty()).then_some(toml::Value::Array(all)))
+        },
     }
 }
 
@@ -200,6 +218,7 @@ pub(super) const fn optional_file(words: &'static str) -> Spec<Option<HostFile>>
         absent: Absent::Words(words),
         example: FilePath::EXAMPLE,
         read: host_file::left_out,
+        part: |file| Part::Value(file.as_ref().map(HostFile::written)),
     }
 }
 
@@ -210,6 +229,10 @@ pub(super) const fn files(words: &'static str) -> Spec<Vec<HostFile>> {
         absent: Absent::Words(words),
         example: FilePath::EXAMPLE,
         read: host_file::several,
+        part: |files| {
+            let all = files.iter().map(HostFile::written).collect();
+            Part::Value((!files.is_empty()).then_some(toml::Value::Array(all)))
+        },
     }
 }
 
@@ -220,6 +243,7 @@ pub(super) const fn table<T: Table>() -> Spec<T> {
         absent: Absent::Words("the defaults of its keys"),
         example: "",
         read: section::table::<T>,
+        part: Part::table,
     }
 }
 
@@ -230,13 +254,30 @@ pub(super) const fn tables<T: Table>(words: &'static str) -> Spec<Vec<T>> {
         absent: Absent::Words(words),
         example: "",
         read: section::tables::<T>,
+        part: |tables| Part::tables(tables),
+    }
+}
+
+/// Profiles: tables by names of the user's own. The value is those names.
+pub(super) const fn profiles(words: &'static str) -> Spec<Vec<String>> {
+    Spec {
+        takes: Takes::Profiles,
+        absent: Absent::Words(words),
+        example: "{ ci = { cpus = 4 } }",
+        read: section::profiles,
+        part: |_| Part::Value(None),
     }
 }
 
 /// A table of options, read whole.
-pub(super) trait Table: Sized {
+pub(super) trait Table: Parts + Sized {
     /// Its keys, in the order of its fields.
     const KEYS: &'static [Key];
+
+    /// Tables in it whose keys are no options of it.
+    fn more(&self) -> Vec<Held> {
+        Vec::new()
+    }
 
     /// Reads it; `None` if something is wrong, which is reported.
     fn from_section(section: Section<'_>) -> Option<Self>;
@@ -250,8 +291,8 @@ pub(super) trait Table: Sized {
 }
 
 /// Declares a table of options. Each field names its type, then how it is read: a call of
-/// [`default`], [`derived`], [`optional`], [`list`], [`optional_file`], [`files`],
-/// [`table`] or [`tables`]. Makes
+/// [`default`], [`derived`], [`optional`], [`list`], [`optional_file`], [`files`], [`table`],
+/// [`tables`] or [`profiles`]. Makes
 ///
 /// - the struct, plain data;
 /// - `KEYS`, which describes the options, with the fields' documentation;
@@ -281,6 +322,12 @@ macro_rules! options {
                 const SPEC: crate::config::options::Spec<$plain> = $spec;
                 SPEC.key(stringify!($field), concat!($($doc, "\n"),+).trim_ascii())
             },)+];
+        }
+
+        impl crate::config::resolved::Parts for $name {
+            fn parts(&self) -> Vec<crate::config::resolved::Held> {
+                vec![$($spec.part(stringify!($field), &self.$field)),+]
+            }
         }
 
         #[doc = concat!("The options of a [`", stringify!($name), "`] with their places.")]

@@ -1,8 +1,8 @@
-//! Where in a VM's file its keys stand, for errors that turn up only once the file is acted on.
+//! Where each value of a VM comes from, for errors that turn up only once it is acted on.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
-use std::path::Path;
 use std::sync::Arc;
 
 use annotate_snippets::Renderer;
@@ -11,21 +11,41 @@ use toml::de::{DeTable, DeValue};
 
 use super::diagnostic::{self, Diagnostic};
 use super::lines::Lines;
+use super::resolved::Origin;
+use super::texts::Texts;
 
-/// The text that a VM was read from. A key is named by its path: `memory`, `boot.kernel`,
-/// `block.0.size`.
+/// The texts that a VM was read from, and where in them each key has its value. A key is named by
+/// its path in the whole: `memory`, `boot.kernel`, `block.0.size`.
 #[derive(Clone, Default)]
 pub struct Places {
-    file: String,
-    text: Arc<str>,
+    texts: Arc<Texts>,
+    root: Arc<BTreeMap<String, Node>>,
+}
+
+/// A value's place, and those of what is in it.
+struct Node {
+    at: Range<usize>,
+    within: Within,
+}
+
+enum Within {
+    Value,
+    Table(BTreeMap<String, Node>),
+    List(Vec<Node>),
 }
 
 impl Places {
-    pub(super) fn new(file: &Path, text: &str) -> Self {
+    /// The places of what is in a table. Which texts they are in is told later.
+    pub(super) fn of(table: &DeTable<'_>) -> Self {
         Places {
-            file: file.display().to_string(),
-            text: text.into(),
+            texts: Arc::default(),
+            root: Arc::new(nodes(table)),
         }
+    }
+
+    /// Tells which texts the places are in.
+    pub(super) fn tell(&mut self, texts: Texts) {
+        self.texts = Arc::new(texts);
     }
 
     /// Lays out one error as those of reading the file are: with the line of `key` and a caret.
@@ -41,44 +61,93 @@ impl Places {
         renderer: &Renderer,
     ) -> String {
         let diagnostic = Diagnostic::value(self.find(key), message).help(help);
-        let lines = Lines::new(&self.text);
-        diagnostic::render(&self.file, &lines, vec![diagnostic], 0, renderer)
+        diagnostic::render(&self.texts, vec![diagnostic], 0, renderer)
+    }
+
+    /// Where the value of a key was written; `None` if it was not.
+    pub fn origin(&self, key: &str) -> Option<Origin> {
+        Some(self.origin_of(&self.exactly(key)?.at))
+    }
+
+    fn origin_of(&self, at: &Range<usize>) -> Origin {
+        match self.texts.at(at.start) {
+            Some(text) if text.is_file() => {
+                let line = Lines::new(&text.text).number(text.within(at).start);
+                Origin::Line(text.name.clone(), line)
+            }
+            _ => Origin::Set,
+        }
+    }
+
+    /// Which entry of the list `list`, as the VM's own file writes it, says last what holds for
+    /// the entry `index` of the whole and its `key`.
+    ///
+    /// # Errors
+    ///
+    /// Where else that is said: in a file that it extends, in a profile, on the command line.
+    pub fn own_entry(&self, list: &str, index: usize, key: &str) -> Result<usize, Origin> {
+        let Some(entry) = self.exactly(&format!("{list}.{index}")) else {
+            return Err(Origin::Default);
+        };
+        let value = self.exactly(&format!("{list}.{index}.{key}"));
+        let other = value.filter(|value| self.texts.index(value.at.start) != 0);
+        if let Some(other) = other {
+            return Err(self.origin_of(&other.at));
+        }
+        let own = self.texts.iter().next().map_or("", |text| &text.text);
+        let (written, _) = DeTable::parse_recoverable(own);
+        let entries = written.get_ref().get(list).map(Spanned::get_ref);
+        let mut entries = entries.and_then(DeValue::as_array).into_iter().flatten();
+        let own = entries.position(|own| own.span() == entry.at);
+        own.ok_or_else(|| self.origin_of(&entry.at))
+    }
+
+    fn exactly(&self, key: &str) -> Option<&Node> {
+        let mut names = key.split('.');
+        let mut node = self.root.get(names.next()?)?;
+        for name in names {
+            node = match &node.within {
+                Within::Table(table) => table.get(name)?,
+                Within::List(list) => list.get(name.parse::<usize>().ok()?)?,
+                Within::Value => return None,
+            };
+        }
+        Some(node)
     }
 
     /// Where the value of a key is. What stands for a key that is not written is the `path` or
     /// `url` beside it, or else the table or text that it would be in.
     fn find(&self, key: &str) -> Option<Range<usize>> {
-        let (root, _) = DeTable::parse_recoverable(&self.text);
         let (parents, key) = key.rsplit_once('.').unwrap_or(("", key));
         let mut header = None;
-        let mut table = root.get_ref();
-        let mut list: Option<&[Spanned<DeValue<'_>>]> = None;
+        let mut table = &*self.root;
+        let mut list: Option<&[Node]> = None;
         for name in parents.split_terminator('.') {
-            let value = match (list.take(), name.parse::<usize>()) {
+            let node = match (list.take(), name.parse::<usize>()) {
                 (Some(list), Ok(index)) => list.get(index),
                 // One table stands for a list of one.
                 (None, Ok(0)) => continue,
                 _ => table.get(name),
-            };
-            match value?.get_ref() {
-                DeValue::Table(inner) => {
-                    header = Some(value?.span());
+            }?;
+            match &node.within {
+                Within::Table(inner) => {
+                    header = Some(node.at.clone());
                     table = inner;
                 }
-                DeValue::Array(values) => list = Some(values),
-                _ => return Some(value?.span()),
+                Within::List(nodes) => list = Some(nodes),
+                Within::Value => return Some(node.at.clone()),
             }
         }
         // An option of a format stands in the format's own table.
-        let own = |value: &Spanned<DeValue<'_>>| match value.get_ref() {
-            DeValue::Table(inner) => inner.get(key).map(Spanned::span),
+        let own = |node: &Node| match &node.within {
+            Within::Table(inner) => inner.get(key).map(|node| node.at.clone()),
             _ => None,
         };
-        let written = |key| table.get(key).map(Spanned::span);
+        let written = |key| table.get(key).map(|node| node.at.clone());
         let of_format = |key: &str| !["kernel", "initrd", "backing"].contains(&key);
         let in_own = || {
-            let mut tables = table.iter().filter(|(key, _)| of_format(key.get_ref()));
-            tables.find_map(|(_, value)| own(value))
+            let mut tables = table.iter().filter(|(key, _)| of_format(key));
+            tables.find_map(|(_, node)| own(node))
         };
         written(key)
             .or_else(|| in_own().filter(|_| !parents.is_empty()))
@@ -88,22 +157,53 @@ impl Places {
     }
 }
 
+/// The parser bounds the depth.
+fn nodes(table: &DeTable<'_>) -> BTreeMap<String, Node> {
+    let nodes = table.iter();
+    nodes
+        .map(|(key, value)| (key.get_ref().clone().into_owned(), node(value)))
+        .collect()
+}
+
+fn node(value: &Spanned<DeValue<'_>>) -> Node {
+    let within = match value.get_ref() {
+        DeValue::Table(table) => Within::Table(nodes(table)),
+        DeValue::Array(list) => Within::List(list.iter().map(node).collect()),
+        _ => Within::Value,
+    };
+    Node {
+        at: value.span(),
+        within,
+    }
+}
+
 impl fmt::Debug for Places {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Places").field("file", &self.file).finish()
+        let file = self.texts.name();
+        f.debug_struct("Places").field("file", &file).finish()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     const TEXT: &str = "boot.kernel = 'k'\n[[block]]\npath = 'a.img'\n[[block]]\npath = 'b.x'\n\
                         size = 512\nbacking = ['c.img']\n[block.x]\nlevel = 3\ndata_file = 'd'\n[lifecycle]\n";
 
+    fn places(text: &str) -> Places {
+        let mut texts = Texts::default();
+        texts.file(Path::new("vm.toml"), text.to_owned());
+        let mut places = Places::of(DeTable::parse(text).unwrap().get_ref());
+        places.tell(texts);
+        places
+    }
+
     /// What the caret of an error about `key` is under.
     fn found(key: &str) -> Option<&'static str> {
-        let places = Places::new(Path::new("vm.toml"), TEXT);
+        let places = places(TEXT);
         places.find(key).map(|at| &TEXT[at])
     }
 
@@ -138,7 +238,7 @@ mod tests {
         const TEXT: &str = "boot.kernel = { url = 'u', sha256 = 's' }\nboot.initrd = 'i'\n\
                             [[block]]\nurl = 'v'\nbacking = ['a', { path = 'b', sha256 = 't' }]\n\
                             [[block]]\npath = 'c'\nbacking = { path = 'd', sha256 = 'w' }\n";
-        let places = Places::new(Path::new("vm.toml"), TEXT);
+        let places = places(TEXT);
         for (key, expected) in [
             ("boot.kernel.sha256", "'s'"),
             ("boot.kernel.path", "'u'"),
@@ -167,7 +267,7 @@ mod tests {
 
     #[test]
     fn an_error_is_laid_out_like_those_of_reading_the_file() {
-        let places = Places::new(Path::new("vm.toml"), TEXT);
+        let places = places(TEXT);
         let help = Some("leave it out".to_owned());
         let said = places.lay_out(
             "block.1.size",

@@ -55,6 +55,12 @@ fn property(key: &Key, formats: &[&Format]) -> Value {
         }
         Takes::File(keys) => file(keys, formats),
         Takes::Files(keys) => one_or_more(file(keys, formats)),
+        Takes::Profiles => {
+            let keys = super::KEYS.iter().filter(|key| key.name != "extends");
+            let keys = keys.filter(|key| !matches!(key.takes, Takes::Profiles));
+            let keys: Vec<_> = keys.copied().collect();
+            json!({ "type": "object", "additionalProperties": table(&keys, formats) })
+        }
     };
     let mut description = key.meaning();
     for (word, meaning) in key.words() {
@@ -161,7 +167,7 @@ fn needed(keys: &[Key]) -> Value {
     let mut below = Map::new();
     for key in keys {
         let inner = match key.takes {
-            Takes::Value(..) | Takes::File(_) | Takes::Files(_) => Value::Null,
+            Takes::Value(..) | Takes::File(_) | Takes::Files(_) | Takes::Profiles => Value::Null,
             Takes::Table(keys) | Takes::Tables(keys) => needed(keys),
         };
         let must = matches!(key.absent, Absent::Error(_));

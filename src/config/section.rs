@@ -3,7 +3,7 @@
 
 mod read;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::path::Path;
 
@@ -14,16 +14,19 @@ use toml::de::{DeTable, DeValue, ValueDeserializer};
 use super::diagnostic::{Diagnostic, Kind, shortened};
 use super::nearest::nearest;
 use super::options::Key;
+use super::texts::Texts;
 use super::value::HINT;
 
-pub(super) use self::read::{array, expecting, leaf, list, optional, table, tables, value};
+pub(super) use self::read::{
+    array, expecting, leaf, list, optional, profiles, table, tables, value,
+};
 
 /// What reading one file needs and finds.
 pub(super) struct Context<'t> {
-    /// The file as the user named it.
+    /// The VM's file as the user named it.
     pub(super) file: &'t Path,
-    /// Its text.
-    pub(super) text: &'t str,
+    /// The texts that it is read from.
+    pub(super) texts: &'t Texts,
     /// What a leading `~/` stands for.
     pub(super) home: Option<&'t Path>,
     /// The folder of files that were fetched.
@@ -32,11 +35,30 @@ pub(super) struct Context<'t> {
     pub(super) formats: &'t [&'static Format],
     /// What is wrong.
     pub(super) diagnostics: RefCell<Vec<Diagnostic>>,
+    /// Whether what is being read is a part of a VM: what is not there may be in another.
+    pub(super) part: Cell<bool>,
 }
 
 impl Context<'_> {
+    /// Reports a mistake. Of a part of a VM, only what is wrong by itself is one.
     pub(super) fn report(&self, diagnostic: Diagnostic) {
-        self.diagnostics.borrow_mut().push(diagnostic);
+        let whole = matches!(diagnostic.kind, Kind::Value | Kind::Missing);
+        if !(self.part.get() && whole) {
+            self.diagnostics.borrow_mut().push(diagnostic);
+        }
+    }
+
+    /// Reads a part of a VM.
+    pub(super) fn in_part(&self, read: impl FnOnce()) {
+        let within = self.part.replace(true);
+        read();
+        self.part.set(within);
+    }
+
+    /// What a path is relative to that is written at a place: the folder of its file.
+    pub(super) fn folder(&self, at: &Range<usize>) -> &Path {
+        let text = self.texts.at(at.start);
+        text.map_or(Path::new(""), |text| &text.folder)
     }
 
     /// Reads a value with serde, or reports "`key` is …, expected …".
@@ -68,7 +90,7 @@ impl Context<'_> {
         hint: Option<String>,
     ) {
         let title = format!("`{key}` is {shown}, expected {expects}");
-        self.report(Diagnostic::value(at, title).help(hint));
+        self.report(Diagnostic::new(Kind::Alone, at, title).help(hint));
     }
 
     /// A value as a message shows it: as written if it is short.
@@ -77,7 +99,7 @@ impl Context<'_> {
             DeValue::Array(_) => "an array".to_owned(),
             DeValue::Table(_) => "a table".to_owned(),
             _ => {
-                let written = self.text.get(value.span()).unwrap_or_default();
+                let written = self.texts.written(&value.span());
                 if written.contains('\n') {
                     "a text of several lines".to_owned()
                 } else {
@@ -171,6 +193,19 @@ impl<'t> Section<'t> {
         self.at.clone()
     }
 
+    /// Takes out keys that belong at the top of the file alone, and reports them.
+    pub(super) fn refuse(&mut self, keys: &[&str]) {
+        for key in keys {
+            let Some((written, _)) = self.table.remove_entry(*key) else {
+                continue;
+            };
+            let title = format!("unknown key `{key}` in `{}`", self.name);
+            let help = format!("`{key}` belongs at the top of the file alone");
+            let unknown = Diagnostic::new(Kind::Unknown, Some(written.span()), title);
+            self.cx.report(unknown.help(help));
+        }
+    }
+
     /// Reports every key that is left as unknown.
     pub(super) fn unknown(self, keys: &[Key]) {
         let spelled: Vec<_> = keys.iter().map(Key::spelled).collect();
@@ -205,12 +240,23 @@ impl<'t> Section<'t> {
     pub(super) fn missing(&self, key: &str, example: &str) {
         let (name, add) = (&self.name, format!("`{key} = {example}`"));
         let title = format!("`{key}` is missing, `{name}` needs it");
-        let help = match self.at {
-            Some(_) => format!("add a line {add}"),
-            None => format!("add a table `{name}` with a line {add}"),
+        // What others write is whole without it: the VM's own file is where it belongs.
+        let own = |at: &Range<usize>| self.cx.texts.index(at.start) == 0;
+        let (own, other) = match self.at() {
+            Some(at) if own(&at) => (Some(at), None),
+            other => (None, other),
         };
-        let missing = Diagnostic::new(Kind::Missing, self.at(), title);
-        self.cx.report(missing.help(help));
+        let help = match (&own, &other) {
+            (Some(_), _) => format!("add a line {add}"),
+            (None, Some(_)) if name.starts_with("[[") => {
+                let file = self.cx.file.display();
+                format!("add a line {add} to it, or to one in {file} with the same `id`")
+            }
+            (None, _) => format!("add a table `{name}` with a line {add}"),
+        };
+        let missing = Diagnostic::new(Kind::Missing, own, title);
+        self.cx
+            .report(missing.related(other, "this one").help(help));
     }
 }
 

@@ -9,6 +9,7 @@ use super::diagnostic::{Diagnostic, Kind, SHOWN, shortened};
 use super::lines::Lines;
 
 /// What came of a text.
+#[derive(Default)]
 pub(super) struct Parsed<'t> {
     pub(super) table: DeTable<'t>,
     pub(super) diagnostics: Vec<Diagnostic>,
@@ -32,53 +33,81 @@ pub(super) struct Damage {
 }
 
 impl Damage {
-    /// Whether a diagnostic found in the tables is to be believed.
-    pub(super) fn spares(&self, lines: &Lines<'_>, diagnostic: &Diagnostic) -> bool {
-        let at = diagnostic.at.clone().unwrap_or_default();
+    /// That of a text of which nothing is known.
+    pub(super) fn total() -> Self {
+        Damage {
+            key_lost: true,
+            ..Damage::default()
+        }
+    }
+
+    /// Whether a key that is not found may be there all the same.
+    pub(super) fn hides_keys(&self) -> bool {
+        self.key_lost
+    }
+
+    /// Whether what was found in the tables at a place of the text is to be believed.
+    pub(super) fn spares(&self, lines: &Lines<'_>, at: &Range<usize>, kind: Kind) -> bool {
         let before = |lost: Option<usize>| lost.is_none_or(|lost| at.start < lost);
         let mut damaged = self
             .lines
             .range(lines.line(at.start).start..=at.end.max(at.start));
         damaged.next().is_none()
             && before(self.all_lost)
-            && match diagnostic.kind {
-                Kind::Syntax | Kind::Value => true,
+            && match kind {
+                Kind::Syntax | Kind::Alone | Kind::Value => true,
                 Kind::Unknown => before(self.keys_lost),
                 Kind::Missing => !self.key_lost,
             }
     }
 }
 
-/// The text without the lines at which the parser would stop, a key without a value, and the
-/// errors of those lines. Blanks stand for them: every place stays what it was.
-pub(super) fn mend(text: &str) -> (String, Vec<Error>) {
+/// A text without the lines at which the parser would stop.
+pub(super) struct Mended {
+    /// Blanks stand for those lines: every place stays what it was.
+    pub(super) text: String,
+    /// The errors of those lines.
+    errors: Vec<Error>,
+}
+
+/// Takes out of a text the lines at which the parser would stop: a key without a value. `look`
+/// sees the tables that are left.
+pub(super) fn mend<T>(text: &str, look: impl FnOnce(&DeTable<'_>) -> T) -> (Mended, T) {
     /// Each takes another run over the text.
     const MENDED: usize = 20;
     let mut mended = text.to_owned();
     let mut errors = Vec::new();
-    while errors.len() < MENDED {
-        let (_, found) = DeTable::parse_recoverable(&mended);
+    loop {
+        let (table, found) = DeTable::parse_recoverable(&mended);
         let stop = found.into_iter().find_map(|error| {
             let at = error.span()?;
             let stops = error.message().starts_with("key with no value");
-            stops.then_some((error, at.start))
+            stops.then(|| (error, Lines::new(&mended).line(at.start)))
         });
-        let Some((error, at)) = stop else { break };
-        let line = Lines::new(&mended).line(at);
-        if mended[line.clone()].trim().is_empty() {
-            break; // The key is on another line: blanks would not help.
+        match stop {
+            // If its line is blank the key is on another one: more blanks would not help.
+            Some((error, line))
+                if errors.len() < MENDED && !mended[line.clone()].trim().is_empty() =>
+            {
+                drop(table);
+                mended.replace_range(line.clone(), &" ".repeat(line.len()));
+                errors.push(error);
+            }
+            _ => {
+                let seen = look(table.get_ref());
+                drop(table);
+                let text = mended;
+                return (Mended { text, errors }, seen);
+            }
         }
-        mended.replace_range(line.clone(), &" ".repeat(line.len()));
-        errors.push(error);
     }
-    (mended, errors)
 }
 
 /// Parses a text as [`mend`] left it; `lines` are the original's.
-pub(super) fn parse<'t>(lines: &Lines<'_>, mended: &'t str, errors: Vec<Error>) -> Parsed<'t> {
-    let stopped = errors.len();
-    let mut errors: Vec<_> = errors.into_iter().enumerate().collect();
-    let (table, found) = DeTable::parse_recoverable(mended);
+pub(super) fn parse<'t>(lines: &Lines<'_>, mended: &'t Mended) -> Parsed<'t> {
+    let stopped = mended.errors.len();
+    let mut errors: Vec<_> = mended.errors.iter().cloned().enumerate().collect();
+    let (table, found) = DeTable::parse_recoverable(&mended.text);
     let table = table.into_inner();
     let mut known = Known::default();
     if stopped > 0 || !found.is_empty() {

@@ -4,7 +4,10 @@ mod backing;
 mod blocks;
 mod host_files;
 mod hostile;
+mod layers;
+mod merge;
 mod messages;
+mod resolved;
 mod schema;
 mod values;
 
@@ -89,13 +92,74 @@ fn no_image() -> OpenError {
 /// What the top of a right file needs.
 const BOOT: &str = "[boot]\nkernel = \"vmlinuz\"\n";
 
+/// The file that any name means but the VM's own.
+fn empty(_: &Path) -> crate::Result<file::Content> {
+    Ok(file::Content {
+        bytes: Vec::new(),
+        identity: (0, 1),
+    })
+}
+
 fn source() -> Source<'static> {
     Source {
         file: Path::new("vms/vm.toml"),
         home: Some(Path::new("/home/ada")),
         cache: Some(Path::new("/cache/files")),
         formats: &FORMATS,
+        read: &empty,
     }
+}
+
+/// Reads a VM from files, the first of which is its own, and a command line of `-p` and `--set`.
+fn read_from(
+    files: &[(&str, &[u8])],
+    line: &[&str],
+    renderer: &Renderer,
+) -> std::result::Result<Vm, String> {
+    let read = |path: &Path| {
+        let found = files.iter().position(|(file, _)| Path::new(file) == path);
+        match found {
+            Some(index) => Ok(file::Content {
+                bytes: files[index].1.to_vec(),
+                identity: (0, index as u64),
+            }),
+            None => Err(Error::usage(format!("cannot read {}", path.display()))),
+        }
+    };
+    let source = Source {
+        file: Path::new(files[0].0),
+        read: &read,
+        ..source()
+    };
+    let mut choice = Choice::default();
+    for argument in line.chunks(2) {
+        match argument {
+            ["-p", name] => choice.profiles.push((*name).to_owned()),
+            ["--set", set] => choice.set.push((*set).to_owned()),
+            _ => panic!("{argument:?}"),
+        }
+    }
+    super::parse(&source, &choice, renderer).map_err(|error| error.to_string())
+}
+
+/// Reads a VM from one file of these bytes.
+fn parse(
+    bytes: &[u8],
+    source: &Source<'_>,
+    renderer: &Renderer,
+) -> std::result::Result<Vm, String> {
+    let read = |path: &Path| match path == source.file {
+        true => Ok(file::Content {
+            bytes: bytes.to_vec(),
+            identity: (0, 0),
+        }),
+        false => (source.read)(path),
+    };
+    let source = Source {
+        read: &read,
+        ..*source
+    };
+    super::parse(&source, &Choice::default(), renderer).map_err(|error| error.to_string())
 }
 
 /// Reads a right file.
@@ -253,7 +317,7 @@ fn every_key_is_described() {
             })
             .sum()
     }
-    assert_eq!(described(KEYS), 7 + 4 + 16 + 3 + 2);
+    assert_eq!(described(KEYS), 9 + 4 + 16 + 3 + 2);
     let memory = KEYS.iter().find(|key| key.name == "memory").unwrap();
     assert!(matches!(memory.absent, Absent::Value("\"512MiB\"")));
     assert!(matches!(memory.takes, Takes::Value(words, _) if words.contains("4KiB")));

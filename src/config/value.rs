@@ -2,10 +2,12 @@
 //! expects. `kinds.rs` has the types.
 
 use std::fmt;
+use std::ops::Range;
 
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 
+use super::resolved::Written;
 use super::section::Context;
 use super::shape::Shape;
 use super::size;
@@ -13,7 +15,7 @@ use super::size;
 /// A value of the file, before it becomes plain data.
 pub(super) trait Leaf: DeserializeOwned {
     /// What the rest of the program sees.
-    type Plain: 'static;
+    type Plain: Written + 'static;
     /// What values it takes, in words that follow "expected".
     const EXPECTS: &'static str;
     /// The same, as far as a schema can say it.
@@ -21,8 +23,13 @@ pub(super) trait Leaf: DeserializeOwned {
     /// A value that somebody might write, as TOML.
     const EXAMPLE: &'static str;
 
-    /// Makes it plain data. The error is what would help.
-    fn plain(self, cx: &Context<'_>) -> Result<Self::Plain, String>;
+    /// Makes it plain data; `at` is where it is written. The error is what would help.
+    fn plain(self, cx: &Context<'_>, at: &Range<usize>) -> Result<Self::Plain, String>;
+
+    /// Plain data as one would write it.
+    fn written(plain: &Self::Plain) -> toml::Value {
+        plain.written()
+    }
 }
 
 /// A value of which an option may take several.
@@ -37,7 +44,7 @@ impl Leaf for bool {
     const SHAPE: Shape = Shape::Truth;
     const EXAMPLE: &'static str = "true";
 
-    fn plain(self, _: &Context<'_>) -> Result<bool, String> {
+    fn plain(self, _: &Context<'_>, _: &Range<usize>) -> Result<bool, String> {
         Ok(self)
     }
 }
@@ -105,11 +112,12 @@ impl Scalar {
 }
 
 /// Declares a type of values: name, plain type, what it expects in words and as a schema says it,
-/// an example, and how it is checked.
+/// an example, how it is checked, and how its plain data is written if that is not as its type.
 macro_rules! leaf {
     (
         $(#[$meta:meta])*
         $name:ident($plain:ty): $expects:expr, $shape:expr, $example:literal, $check:expr
+            $(, $written:expr)?
     ) => {
         $(#[$meta])*
         #[derive(Debug, serde::Deserialize)]
@@ -131,9 +139,18 @@ macro_rules! leaf {
             const SHAPE: crate::config::shape::Shape = $shape;
             const EXAMPLE: &'static str = $example;
 
-            fn plain(self, _: &Context<'_>) -> Result<$plain, String> {
+            fn plain(
+                self,
+                _: &crate::config::section::Context<'_>,
+                _: &std::ops::Range<usize>,
+            ) -> Result<$plain, String> {
                 Ok(self.0)
             }
+
+            $(fn written(plain: &$plain) -> toml::Value {
+                let written: fn(&$plain) -> toml::Value = $written;
+                written(plain)
+            })?
         }
     };
 }
@@ -193,8 +210,21 @@ macro_rules! words {
             ]);
             const EXAMPLE: &'static str = concat!("\"", $first_word, "\"");
 
-            fn plain(self, _: &crate::config::section::Context<'_>) -> Result<Self, String> {
+            fn plain(
+                self,
+                _: &crate::config::section::Context<'_>,
+                _: &std::ops::Range<usize>,
+            ) -> Result<Self, String> {
                 Ok(self)
+            }
+        }
+
+        impl crate::config::resolved::Written for $name {
+            fn written(&self) -> toml::Value {
+                match self {
+                    $name::$first => $first_word.into(),
+                    $($name::$variant => $word.into(),)*
+                }
             }
         }
     };

@@ -13,8 +13,11 @@ use super::diagnostic::{Diagnostic, shortened};
 use super::host_file::HostFile;
 use super::kinds::{Cmdline, Cpus, FilePath, Memory, Name, Ready, Span};
 use super::nearest::nearest;
-use super::options::{Table, default, derived, optional, optional_file, options, table, tables};
+use super::options::{
+    Table, default, derived, list, optional, optional_file, options, profiles, table, tables,
+};
 use super::places::Places;
+use super::resolved::Written;
 use super::section::{Context, Section};
 use super::shape::Shape;
 use super::value::{Leaf, Scalar, Wrong, words};
@@ -23,6 +26,10 @@ use crate::{Error, Result};
 options! {
     /// A VM: one TOML file.
     pub struct Vm, read as GivenVm {
+        /// Files that this one is laid over, the later over the earlier, each of which may extend
+        /// others: tables merge, `[[block]]` merges by `id` (one without is a further disk),
+        /// values replace. Only the whole must have what a VM needs.
+        extends: Vec<PathBuf> = list::<FilePath>("no other file").example("\"../base.toml\""),
         /// Name of the VM.
         name: String = derived::<Name>("the file's name without its extension"),
         /// Number of vCPUs.
@@ -37,21 +44,23 @@ options! {
         console: Console = table::<Console>(),
         /// When to restart and how to stop.
         lifecycle: Lifecycle = table::<Lifecycle>(),
+        /// What `-p NAME` lays over the rest, as a file over one that it extends. It may hold what
+        /// the top of the file may, but for `extends` and `profile`.
+        profile: Vec<String> = profiles("no profile"),
     }
     computed {
         /// The file it was read from.
         file: PathBuf,
         /// Whether its name was given, rather than taken from the file's.
         named: bool,
-        /// Where its keys stand in that file.
+        /// Where each of its values comes from.
         places: Places,
     }
 }
 
-impl Table for Vm {
-    const KEYS: &'static [super::Key] = Vm::KEYS;
-
-    fn from_section(mut section: Section<'_>) -> Option<Self> {
+impl Vm {
+    /// Reads it from the top of its file, with all that is laid over and under that.
+    pub(super) fn from_section(mut section: Section<'_>, places: Places) -> Option<Self> {
         let cx = section.cx;
         let mut given = GivenVm::read(&mut section);
         section.unknown(Vm::KEYS);
@@ -74,11 +83,15 @@ impl Table for Vm {
         if let (Some(boot), Some(disks)) = (&given.boot.value, &given.block.value) {
             boot.names_a_disk(cx, disks);
         }
-        given.finish(cx.file.to_owned(), named, Places::new(cx.file, cx.text))
+        given.finish(cx.file.to_owned(), named, places)
     }
-}
 
-impl Vm {
+    /// Reads a part of a VM, the top of a file or a profile, for its mistakes alone.
+    pub(super) fn check(mut section: Section<'_>) {
+        GivenVm::read(&mut section);
+        section.unknown(Vm::KEYS);
+    }
+
     /// Gives it another name than its file does.
     ///
     /// # Errors
@@ -177,8 +190,17 @@ impl Leaf for DiskName {
     const SHAPE: Shape = Shape::Disk;
     const EXAMPLE: &'static str = "0";
 
-    fn plain(self, _: &Context<'_>) -> Result<DiskName, String> {
+    fn plain(self, _: &Context<'_>, _: &Range<usize>) -> Result<DiskName, String> {
         Ok(self)
+    }
+}
+
+impl Written for DiskName {
+    fn written(&self) -> toml::Value {
+        match self {
+            DiskName::Index(index) => (*index as u64).written(),
+            DiskName::Id(id) => id.written(),
+        }
     }
 }
 

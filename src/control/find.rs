@@ -159,6 +159,7 @@ mod tests {
                 name: named.unwrap_or(stem).to_owned(),
                 file: file.clone(),
                 started_ms,
+                laid: Default::default(),
             };
             let place = Place::under(&self.base(), named, &file).unwrap();
             place.claim(&owner).unwrap()

@@ -16,7 +16,7 @@ use std::os::unix::net::UnixStream;
 
 pub use client::Client;
 pub use find::{find, find_under};
-pub use place::{Claim, Owner, Place};
+pub use place::{Claim, Laid, Owner, Place};
 pub use server::{Publisher, Server};
 
 use messages::{Failure, Order, Progress, Status};

@@ -44,6 +44,20 @@ pub struct Owner {
     pub file: PathBuf,
     /// When it was started: milliseconds of Unix time.
     pub started_ms: u64,
+    /// What was laid over its file. An older launcher's says nothing of it.
+    #[serde(default)]
+    pub laid: Laid,
+}
+
+/// What the command line has laid over a VM's file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Laid {
+    /// Names of profiles.
+    pub profiles: Vec<String>,
+    /// Single values, KEY=VALUE.
+    pub set: Vec<String>,
+    /// What paths in those are relative to.
+    pub folder: PathBuf,
 }
 
 /// The right to run a VM: nobody else has it as long as it lives. Its end removes the socket.
@@ -160,7 +174,7 @@ impl Place {
             let path = self.socket();
             Error::failed(format!("cannot remove `{}`: {error}", path.display()))
         })?;
-        let text = serde_json::to_vec(owner).map_err(|error| failed(error.into()))?;
+        let text = text_of(owner).map_err(|error| failed(error.into()))?;
         // Never empty in between: who reads it would find nobody, and ext4 has a file that was
         // emptied and written again wait for its disk.
         lock.write_all_at(&text, 0).map_err(failed)?;
@@ -308,6 +322,20 @@ fn key(name: &str, told_apart_by: Option<&[u8]>) -> String {
 fn hash(bytes: &[u8]) -> u32 {
     bytes.iter().fold(0x811c_9dc5, |hash, byte| {
         (hash ^ u32::from(*byte)).wrapping_mul(0x0100_0193)
+    })
+}
+
+/// What a lock file says. What was laid over the VM's file is left out if that is too much to be
+/// read again.
+fn text_of(owner: &Owner) -> serde_json::Result<Vec<u8>> {
+    let text = serde_json::to_vec(owner)?;
+    if text.len() as u64 <= LONGEST {
+        return Ok(text);
+    }
+    let laid = Laid::default();
+    serde_json::to_vec(&Owner {
+        laid,
+        ..owner.clone()
     })
 }
 

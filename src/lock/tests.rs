@@ -64,7 +64,7 @@ impl Place {
     }
 
     fn vm(&self) -> Vm {
-        config::load(&self.path("vm.toml")).unwrap()
+        config::load(&self.path("vm.toml"), &Default::default()).unwrap()
     }
 
     fn lock(&self) -> String {

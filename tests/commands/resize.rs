@@ -1,5 +1,8 @@
 //! `launcher disk resize`, `list` and `info` of a VM that runs.
 
+use std::fs;
+
+use launcher::control::Laid;
 use launcher::control::messages::{Order, Resize, Size};
 use serde_json::Value;
 
@@ -80,6 +83,43 @@ fn a_size_that_could_not_be_saved_is_not_asked_for() {
     let done = folder.launcher(&["disk", "resize", "web", "0", "2MiB", "--save"]);
     assert_ne!(done.code, 0);
     assert!(web.obeyed.try_recv().is_err());
+}
+
+#[test]
+fn a_size_that_a_profile_of_the_running_vm_says_is_not_saved_beside_it() {
+    let folder = Folder::new();
+    let profile = "[[profile.ci.block]]\nid = \"ROOT\"\nsize = \"512KiB\"\n";
+    let text = folder.text("vm.toml") + profile;
+    folder.write("vm.toml", &text);
+    let laid = Laid {
+        profiles: vec!["ci".to_owned()],
+        ..Laid::default()
+    };
+    let web = folder.start_with("web", "vm.toml", laid);
+    let done = folder.launcher(&["disk", "resize", "web", "0", "2MiB", "--save"]);
+    assert_eq!(done.code, 1);
+    let file = folder.path("vm.toml").display().to_string();
+    let expected = format!(
+        "error: disk 0 is not {file}'s own: its size is for {file}:8 to say\nhelp: nothing"
+    );
+    assert!(done.err.starts_with(&expected), "{done:?}");
+    assert!(web.obeyed.try_recv().is_err());
+    assert_eq!(folder.text("vm.toml"), text);
+}
+
+#[test]
+fn a_disk_of_a_running_vm_is_found_with_what_was_laid_over_its_file() {
+    let folder = Folder::new();
+    fs::write(folder.path("b.img"), vec![0; 4096]).unwrap();
+    let laid = Laid {
+        set: vec!["block=[{path='b.img', id='DATA'}]".to_owned()],
+        folder: folder.path(""),
+        ..Laid::default()
+    };
+    let _web = folder.start_with("web", "vm.toml", laid);
+    let info: Value =
+        serde_json::from_str(&folder.does(&["disk", "info", "web", "DATA", "--json"])).unwrap();
+    assert_eq!(info["path"], folder.path("b.img").to_str().unwrap());
 }
 
 #[test]

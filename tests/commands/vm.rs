@@ -12,7 +12,7 @@ use launcher::control::messages::{
     DiskStatus, Failure, FailureKind, How, Latency, MemoryStatus, Order, Progress, Resized, State,
     Status, Stopped, VcpuStatus,
 };
-use launcher::control::{Claim, Owner, Place, Publisher, Server, Subject};
+use launcher::control::{Claim, Laid, Owner, Place, Publisher, Server, Subject};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -82,12 +82,18 @@ impl Folder {
 
     /// Has a VM run.
     pub(crate) fn start(&self, name: &str, file: &str) -> Vm {
+        self.start_with(name, file, Laid::default())
+    }
+
+    /// Has a VM run, with what is laid over its file.
+    pub(crate) fn start_with(&self, name: &str, file: &str, laid: Laid) -> Vm {
         let place = self.place(name);
         let owner = Owner {
             pid: std::process::id(),
             name: name.into(),
             file: self.path(file),
             started_ms: 1_700_000_000_000,
+            laid,
         };
         let claim = place.claim(&owner).unwrap();
         let (orders, obeyed) = mpsc::channel();

@@ -57,6 +57,7 @@ fn the_files_of_a_vm_that_runs_are_not_built_again() {
         name: "web".into(),
         file: folder.path("vm.toml"),
         started_ms: 1_700_000_000_000,
+        laid: Default::default(),
     };
     let claim = place.claim(&owner).unwrap();
     let done = folder.launcher(&["prepare", "--rebuild"]);

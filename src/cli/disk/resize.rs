@@ -14,7 +14,7 @@ use super::save::{self, save};
 use super::which::{index_of, is_index};
 use crate::cli::output::{complain, print};
 use crate::cli::target::{Target, ask};
-use crate::config::{Block, Vm, size};
+use crate::config::{Block, Origin, Vm, size};
 use crate::control::messages::{self, DiskStatus, Order, Progress, Resized, Size};
 use crate::resize::{self, Consent, Subject, Wanted};
 use crate::{Error, Result, exit, progress};
@@ -109,13 +109,14 @@ impl Resize {
         else {
             return Ok(());
         };
-        if !is_same(target, index, &disk.path)? {
+        let vm = target.config()?;
+        if !is_same(&vm, index, &disk.path) {
             let file = target.file().display();
             let message = format!("disk {index} in {file} is another one by now");
             return Err(Error::failed(message)
                 .help("nothing was changed; leave out `--save` to resize all the same"));
         }
-        save::check(target.file(), index)
+        save::check(&vm, index)
     }
 
     /// Resizes a disk of a VM that does not run.
@@ -123,7 +124,7 @@ impl Resize {
         let vm = target.config()?;
         let index = index_of(&vm, &self.disk)?;
         if self.save {
-            save::check(target.file(), index)?;
+            save::check(&vm, index)?;
         }
         let consent = Consent {
             shrink: self.shrink,
@@ -132,7 +133,7 @@ impl Resize {
         let resized = stopped(&vm, index, &self.disk, wanted, consent)?;
         print(&said(&self.disk, &resized))?;
         if self.save {
-            save(target.file(), index, resized.to)?;
+            save(&vm, index, resized.to)?;
         } else if let Some(note) = note(&vm, index, &self.disk, resized.to) {
             complain(&note);
         }
@@ -147,24 +148,20 @@ fn save_live(target: &Target, resized: &Resized) -> Result<()> {
     let known = target
         .disks()
         .and_then(|mut disks| (index < disks.len()).then(|| disks.swap_remove(index).path));
-    let same = match known {
-        Some(known) => is_same(target, index, &known)?,
-        None => false,
-    };
-    if !same {
+    let vm = target.config()?;
+    if !known.is_some_and(|known| is_same(&vm, index, &known)) {
         let message =
             format!("the disk has its new size, but disk {index} in {file} is another one by now");
         let to = size::show(resized.to);
         return Err(Error::failed(message).help(format!("write `size = \"{to}\"` there yourself")));
     }
-    save(target.file(), index, resized.to)
+    save(&vm, index, resized.to)
 }
 
 /// Whether the VM's file has this image as the disk `index`.
-fn is_same(target: &Target, index: usize, image: &str) -> Result<bool> {
-    let vm = target.config()?;
+fn is_same(vm: &Vm, index: usize, image: &str) -> bool {
     let written = vm.block.get(index).map(|block| &block.path);
-    Ok(written.is_some_and(|written| same_file(Path::new(image), written)))
+    written.is_some_and(|written| same_file(Path::new(image), written))
 }
 
 fn same_file(one: &Path, other: &Path) -> bool {
@@ -299,10 +296,16 @@ fn note(vm: &Vm, index: usize, disk: &str, to: u64) -> Option<String> {
         true => "refuses the larger image",
         false => "makes it so large again",
     };
+    let help = match vm.places.own_entry("block", index, "size") {
+        Ok(_) => "`--save` writes the new size there".to_owned(),
+        Err(_) => save::by_hand(vm, index, to),
+    };
+    let said = match vm.places.origin(&format!("block.{index}.size")) {
+        Some(Origin::Line(file, _)) => format!("in {file}"),
+        _ => format!("of {}", vm.file.display()),
+    };
     Some(format!(
-        "note: the `size` of disk {disk} in {} is {}: the next `launcher up` {then}\nhelp: \
-         `--save` writes the new size there",
-        vm.file.display(),
+        "note: the `size` of disk {disk} {said} is {}: the next `launcher up` {then}\nhelp: {help}",
         size::show(declared)
     ))
 }

@@ -8,13 +8,46 @@ use std::path::Path;
 use toml_edit::{DocumentMut, Item, TableLike, Value};
 
 use super::image::text;
-use crate::config::size;
+use crate::config::{Vm, size};
 use crate::{Error, Result, durable};
 
-/// Sets the `size` of the disk `index` in a VM's file to `bytes`.
+/// Sets the `size` of the disk `index` of a VM to `bytes`, in the VM's own file.
 ///
 /// The file is whole at every instant, and keeps its mode; a symbolic link stays one.
-pub(super) fn save(file: &Path, index: usize, bytes: u64) -> Result<()> {
+pub(super) fn save(vm: &Vm, index: usize, bytes: u64) -> Result<()> {
+    let own = own_entry(vm, index).map_err(|elsewhere| {
+        let message = format!("the disk has its new size, but {}", elsewhere.message());
+        Error::failed(message).help(by_hand(vm, index, bytes))
+    })?;
+    write_size(&vm.file, own, bytes)
+}
+
+/// What to write into a VM's own file when the disk is said in another.
+pub(super) fn by_hand(vm: &Vm, index: usize, bytes: u64) -> String {
+    let (file, size) = (vm.file.display(), size::show(bytes));
+    match vm.block.get(index).and_then(|block| block.id.as_deref()) {
+        Some(id) => format!(
+            "write a `[[block]]` with `id = {id:?}` and `size = \"{size}\"` into {file}, or change \
+             it there"
+        ),
+        None => format!("write `size = \"{size}\"` there yourself"),
+    }
+}
+
+/// The disk's place among those that the VM's own file writes. The error is that another file, a
+/// profile or the command line has the last word on it: what is written there is for more than
+/// this VM as it is now.
+fn own_entry(vm: &Vm, index: usize) -> Result<usize> {
+    vm.places
+        .own_entry("block", index, "size")
+        .map_err(|origin| {
+            let file = vm.file.display();
+            let what = format!("disk {index} is not {file}'s own");
+            Error::failed(format!("{what}: its size is for {origin} to say"))
+        })
+}
+
+fn write_size(file: &Path, index: usize, bytes: u64) -> Result<()> {
     let failed = |error: &io::Error| {
         let message = format!(
             "cannot write the new size into {}: {}",
@@ -37,7 +70,16 @@ pub(super) fn save(file: &Path, index: usize, bytes: u64) -> Result<()> {
 }
 
 /// Makes sure, before anything is changed, that [`save`] will find the disk and may write.
-pub(super) fn check(file: &Path, index: usize) -> Result<()> {
+pub(super) fn check(vm: &Vm, index: usize) -> Result<()> {
+    let own = own_entry(vm, index).map_err(|elsewhere| {
+        let help = "nothing was changed; leave out `--save` to resize all the same, and write the \
+                    new size yourself";
+        elsewhere.help(help)
+    })?;
+    check_file(&vm.file, own)
+}
+
+fn check_file(file: &Path, index: usize) -> Result<()> {
     let failed = |error: &io::Error| {
         let (file, text) = (file.display(), text(error));
         let message = format!("a new size could not be written into {file}: {text}");
@@ -174,7 +216,7 @@ mod tests {
         fs::write(&real, "[[block]]\nsize = 512\n").unwrap();
         fs::set_permissions(&real, fs::Permissions::from_mode(0o640)).unwrap();
         std::os::unix::fs::symlink("real.toml", &link).unwrap();
-        save(&link, 0, 1 << 20).unwrap();
+        write_size(&link, 0, 1 << 20).unwrap();
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(
             fs::read_to_string(&real).unwrap(),
@@ -188,10 +230,10 @@ mod tests {
     fn what_could_not_be_saved_is_found_before() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("vm.toml");
-        let refused = |index| check(&file, index).unwrap_err().to_string();
+        let refused = |index| check_file(&file, index).unwrap_err().to_string();
         assert!(refused(0).contains("vm.toml: No such file or directory\nhelp: nothing was"));
         fs::write(&file, "[[block]]\npath = 'a.img'\n").unwrap();
-        check(&file, 0).unwrap();
+        check_file(&file, 0).unwrap();
         assert!(refused(1).contains("there is no table of disk 1"));
         assert_eq!(
             fs::read_to_string(&file).unwrap(),
@@ -201,7 +243,7 @@ mod tests {
 
     #[test]
     fn a_file_that_cannot_be_written_is_an_error_that_says_what_to_write() {
-        let error = save(Path::new("/no/such/vm.toml"), 0, GIB).unwrap_err();
+        let error = write_size(Path::new("/no/such/vm.toml"), 0, GIB).unwrap_err();
         assert_eq!(
             error.to_string(),
             "error: cannot write the new size into /no/such/vm.toml: No such file or directory\n\

@@ -173,7 +173,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("vm.toml");
         fs::write(&file, format!("[boot]\nkernel = 'k'\n{text}")).unwrap();
-        config::load(&file).unwrap()
+        config::load(&file, &config::Choice::default()).unwrap()
     }
 
     #[test]

@@ -85,6 +85,7 @@ impl Detached {
         if let Some(socket) = &up.socket {
             command.arg("--socket").arg(socket);
         }
+        command.args(up.chosen.arguments());
         if let Some(vm) = vm {
             command.arg("--").arg(vm);
         }

@@ -26,7 +26,7 @@ pub(super) fn start(up: &Up, files: &[PathBuf]) -> Result<u8> {
             return Err(Error::usage(message));
         }
     }
-    let Some(vms) = loaded(files) else {
+    let Some(vms) = loaded(up, files) else {
         return Ok(exit::USAGE);
     };
     each_has_its_place(&vms)?;
@@ -66,10 +66,10 @@ pub(super) fn start(up: &Up, files: &[PathBuf]) -> Result<u8> {
 }
 
 /// Reads all files; after an error in any, which is shown, `None`.
-fn loaded(files: &[PathBuf]) -> Option<Vec<Vm>> {
+fn loaded(up: &Up, files: &[PathBuf]) -> Option<Vec<Vm>> {
     let mut vms = Some(Vec::new());
     for file in files {
-        match config::load(file) {
+        match config::load(file, &up.chosen.choice()) {
             Ok(vm) => vms = vms.map(|vms| [vms, vec![vm]].concat()),
             Err(error) => {
                 complain(&format!("{error}\n"));

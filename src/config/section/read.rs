@@ -4,8 +4,10 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::{Context, Section};
+use crate::config::diagnostic::shortened;
 use crate::config::options::{Absent, Given, Table};
 use crate::config::value::{Leaf, Listed};
+use crate::config::vm::Vm;
 
 /// Reads a value, for [`crate::config::options::Spec`].
 pub(in crate::config) fn value<L: Leaf>(
@@ -111,19 +113,19 @@ pub(in crate::config) fn expecting<L: Leaf>(
     value: Spanned<DeValue<'_>>,
     expects: &str,
 ) -> Given<L::Plain> {
-    let at = Some(value.span());
+    let at = value.span();
     let shown = cx.shown(&value);
     let leaf = cx.deserialize::<L>(key, value, expects);
-    let value = leaf.and_then(|leaf| match leaf.plain(cx) {
+    let value = leaf.and_then(|leaf| match leaf.plain(cx, &at) {
         Ok(plain) => Some(plain),
         Err(hint) => {
-            cx.wrong(key, &shown, expects, at.clone(), Some(hint));
+            cx.wrong(key, &shown, expects, Some(at.clone()), Some(hint));
             None
         }
     });
     Given {
         value,
-        at,
+        at: Some(at),
         ..Given::default()
     }
 }
@@ -186,5 +188,38 @@ pub(in crate::config) fn tables<T: Table>(
         value,
         at,
         ..Given::default()
+    }
+}
+
+/// Checks the profiles, for [`crate::config::options::Spec`]: tables that each hold what the top
+/// of the file may. The value is their names.
+pub(in crate::config) fn profiles(
+    section: &mut Section<'_>,
+    key: &'static str,
+    _absent: Absent,
+) -> Given<Vec<String>> {
+    let none = Given {
+        value: Some(Vec::new()),
+        ..Given::default()
+    };
+    let Some(value) = section.take(key) else {
+        return none;
+    };
+    let at = value.span();
+    let Some(mut profiles) = section.open(key, "[profile.NAME]", value) else {
+        return Given::default();
+    };
+    let names = profiles.left();
+    for name in &names {
+        let header = format!("[{key}.{}]", shortened(name));
+        if let Some(mut profile) = profiles.take_section(name, &header) {
+            profile.refuse(&["extends", key]);
+            section.cx.in_part(|| Vm::check(profile));
+        }
+    }
+    Given {
+        value: Some(names),
+        at: Some(at),
+        ..none
     }
 }

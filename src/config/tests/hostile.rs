@@ -8,7 +8,7 @@ use super::*;
 fn load_error(bytes: &[u8]) -> String {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
-    let error = load(file.path()).unwrap_err();
+    let error = load(file.path(), &Choice::default()).unwrap_err();
     assert_eq!(error.exit, 2);
     error.to_string()
 }
@@ -18,7 +18,7 @@ fn folder_error(make: impl FnOnce(&Path)) -> String {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("vm.toml");
     make(&path);
-    let error = load(&path).unwrap_err();
+    let error = load(&path, &Choice::default()).unwrap_err();
     assert_eq!(error.exit, 2);
     error
         .to_string()
@@ -61,7 +61,9 @@ fn a_socket_or_a_device_is_no_file() {
         error.starts_with("error: cannot read DIR/vm.toml: "),
         "{error}"
     );
-    let error = load(Path::new("/dev/zero")).unwrap_err().to_string();
+    let error = load(Path::new("/dev/zero"), &Choice::default())
+        .unwrap_err()
+        .to_string();
     assert_eq!(error, "error: /dev/zero is a device, expected a TOML file");
 }
 
@@ -87,7 +89,7 @@ fn a_file_past_the_limit_is_refused_with_the_limit() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("limit.toml");
     std::fs::write(&file, &text).unwrap();
-    let loaded = load(&file);
+    let loaded = load(&file, &Choice::default());
     assert_eq!(loaded.unwrap().name, "limit");
 }
 
@@ -205,8 +207,9 @@ fn no_mutation_of_a_file_breaks_the_reader() {
     let whole = "name = \"a\"\ncpus = 2\nmemory = \"1GiB\"\nboot.kernel = 'k'\n[[block]]\n\
         path = \"a.qcow2\"\nro = true\n[block.qcow2]\ncluster_size = \"64KiB\"\n[[block]]\n\
         path = '~/b.img'\nsize = 8_192\nid = \"\\u0041\"\n[console]\nmode = \"off\"\n[lifecycle]\n\
-        stop_timeout = \"30s\"\n";
+        stop_timeout = \"30s\"\n[profile.a]\ncpus = 3\n[[profile.a.block]]\nid = \"A\"\nro = true\n";
     vm(whole);
+    let base = "memory = 1\n[[block]]\nid = 'A'\nqueues = 2\nbacking = 'c'\n[profile.a.boot]\n";
     // xorshift, so that a failure repeats.
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut random = move |below: usize| {
@@ -256,6 +259,192 @@ fn no_mutation_of_a_file_breaks_the_reader() {
         match parse(&bytes, &source(), &Renderer::styled()) {
             Ok(_) => schema::takes(std::str::from_utf8(&bytes).unwrap()),
             Err(errors) => assert!(errors.contains("error"), "{bytes:?}"),
+        }
+        let extends = [b"extends = 'base.toml'\n", &bytes[..]].concat();
+        let text = String::from_utf8_lossy(&bytes);
+        let set = text.lines().nth(random(text.lines().count().max(1)));
+        let line = ["-p", "a", "--set", set.unwrap_or_default()];
+        let files = [("vm.toml", &extends[..]), ("base.toml", base.as_bytes())];
+        match read_from(&files, &line, &Renderer::styled()) {
+            Ok(vm) => drop(vm.resolved()),
+            Err(errors) => assert!(errors.contains("error"), "{bytes:?}"),
+        }
+    }
+}
+
+/// The error of [`load`] for `vm.toml` in a new folder with these files.
+fn layered_error(files: &[(&str, &str)], make: impl FnOnce(&Path)) -> String {
+    folder_error(|path| {
+        for (name, text) in files {
+            std::fs::write(path.with_file_name(name), text).unwrap();
+        }
+        make(path.parent().unwrap());
+    })
+}
+
+#[test]
+fn what_is_extended_is_a_regular_file_of_the_same_limit() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    let text = "extends = ['dir', 'fifo', 'loop', 'large', 'none', '/dev/zero']\n";
+    let error = layered_error(&[("vm.toml", text)], |folder| {
+        std::fs::create_dir(folder.join("dir")).unwrap();
+        mknodat(CWD, folder.join("fifo"), FileType::Fifo, Mode::RUSR, 0).unwrap();
+        std::os::unix::fs::symlink("loop", folder.join("loop")).unwrap();
+        std::fs::write(folder.join("large"), vec![b'#'; 10 << 20]).unwrap();
+    });
+    let titles: Vec<_> = error
+        .lines()
+        .filter(|line| line.starts_with("error"))
+        .collect();
+    assert_eq!(
+        titles,
+        [
+            "error: DIR/dir is a directory, expected a TOML file",
+            "error: DIR/fifo is a FIFO, expected a TOML file",
+            "error: cannot read DIR/loop: Too many levels of symbolic links (os error 40)",
+            "error: DIR/large is larger than 1MiB, the limit of a VM's file",
+            "error: cannot read DIR/none: No such file or directory (os error 2)",
+            "error: /dev/zero is a device, expected a TOML file",
+        ]
+    );
+}
+
+#[test]
+fn a_link_to_the_file_itself_is_the_file_itself() {
+    let error = layered_error(&[("vm.toml", "extends = 'other.toml'\n")], |folder| {
+        std::os::unix::fs::symlink("vm.toml", folder.join("other.toml")).unwrap();
+    });
+    assert!(
+        error.starts_with("error: `extends` comes back to DIR/other.toml\n"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_thousand_files_are_too_many() {
+    let names: Vec<_> = (0..1000).map(|n| format!("{n}.toml")).collect();
+    let text = format!("extends = {names:?}\n");
+    let error = layered_error(&[("vm.toml", &text)], |folder| {
+        for name in &names {
+            std::fs::write(folder.join(name), "cpus = 1\n").unwrap();
+        }
+    });
+    assert!(
+        error.starts_with("error: `extends` leads to more than 64 files, the limit\n"),
+        "{error}"
+    );
+    assert_eq!(error.matches("error: ").count(), 1, "said once");
+}
+
+#[test]
+fn a_thousand_files_that_are_not_there_are_not_all_tried() {
+    let names: Vec<_> = (0..1000).map(|n| format!("{n}.toml")).collect();
+    let error = layered_error(&[("vm.toml", &format!("extends = {names:?}\n"))], |_| ());
+    assert_eq!(error.matches("error: cannot read ").count(), 63);
+    assert_eq!(error.matches("error: ").count(), 64);
+}
+
+#[test]
+fn a_chain_past_the_limit_is_shown() {
+    let error = layered_error(&[("vm.toml", "extends = '1.toml'\n")], |folder| {
+        for n in 1..20 {
+            let text = format!("extends = '{}.toml'\n", n + 1);
+            std::fs::write(folder.join(format!("{n}.toml")), text).unwrap();
+        }
+    });
+    assert!(
+        error.starts_with("error: `extends` leads more than 8 files deep, the limit\n"),
+        "{error}"
+    );
+    assert!(
+        error.contains("the chain is DIR/vm.toml -> DIR/1.toml -> "),
+        "{error}"
+    );
+    assert!(error.contains("DIR/7.toml -> DIR/8.toml"), "{error}");
+}
+
+#[test]
+fn large_files_together_are_bounded() {
+    let error = layered_error(
+        &[("vm.toml", "extends = ['1', '2', '3', '4', '5']\n")],
+        |folder| {
+            for n in 1..=5 {
+                std::fs::write(folder.join(n.to_string()), vec![b'#'; 1 << 20]).unwrap();
+            }
+        },
+    );
+    assert!(
+        error.starts_with("error: `extends` leads to files of more than 4MiB in all, the limit\n"),
+        "{error}"
+    );
+}
+
+#[test]
+fn many_disks_merge_soon() {
+    let text: String = (0..20_000)
+        .map(|n| format!("[[block]]\nid='{n}'\nro=true\n"))
+        .collect();
+    let vm = format!("extends = 'base.toml'\n{BOOT}{text}");
+    let files = [("vm.toml", vm.as_bytes()), ("base.toml", text.as_bytes())];
+    let errors = read_from(&files, &["--set", "block.19999.ro=1"], &Renderer::plain()).unwrap_err();
+    assert!(
+        errors.contains("--set:1:16") || errors.contains("more in"),
+        "{errors:.300}"
+    );
+    assert!(errors.len() < 100_000);
+}
+
+#[test]
+fn profiles_and_arguments_may_be_anything() {
+    let profiles = "boot.kernel = 'k'\n[profile]\n\"\\u001b[31m\\n\" = 1\n\"\" = {}\n[profile.a]\n";
+    let long = "x".repeat(1 << 16);
+    let deep = vec!["a"; 1000].join(".");
+    let files = [("vm.toml", profiles.as_bytes())];
+    for argument in [
+        "",
+        "=",
+        "==",
+        "a=",
+        ".=1",
+        "a.=1",
+        ".a=1",
+        "a..b=1",
+        "\"=1",
+        "\"a=1",
+        "'=1",
+        "a=\n",
+        "a\n=1",
+        "#=1",
+        "[[a]]=1",
+        "a={",
+        "a=[",
+        "a=\"\"\"",
+        "block=1",
+        "block.=1",
+        "block.0=1",
+        "block.0.0.0=1",
+        "boot=1",
+        "boot.kernel.path.x=1",
+        "\0=\0",
+        "cpus=\u{1b}[2J",
+        "é=ü",
+        "cpus=99999999999999999999",
+        &long,
+        &format!("{long}=1"),
+        &format!("cpus={long}"),
+        &format!("{deep}=1"),
+        &"a=".repeat(1 << 14),
+        &"\"=".repeat(1 << 14),
+        &format!("cpus={}", "[".repeat(1 << 14)),
+    ] {
+        for line in [["--set", argument], ["-p", argument]] {
+            let errors = read_from(&files, &line, &Renderer::plain()).unwrap_err();
+            assert!(
+                errors.starts_with("error: "),
+                "{argument:.40}: {errors:.300}"
+            );
+            assert!(!errors.contains(['\u{1b}', '\0', '\r']), "{errors:?}");
+            assert!(errors.len() < 100_000, "{argument:.40}");
         }
     }
 }

@@ -148,7 +148,7 @@ fn every_example_is_a_value_that_its_key_takes() {
     fn each(keys: &[Key], parents: &str, all: &mut Vec<String>) {
         for key in keys {
             match key.takes {
-                Takes::Value(..) | Takes::File(_) | Takes::Files(_) => {
+                Takes::Value(..) | Takes::File(_) | Takes::Files(_) | Takes::Profiles => {
                     all.push(format!("{parents}{} = {}", key.name, key.example))
                 }
                 Takes::Table(keys) => each(keys, &format!("{}.", key.name), all),
@@ -170,6 +170,9 @@ fn every_example_is_a_value_that_its_key_takes() {
             }
             (Some(line), _) if line.starts_with("path") => format!("{needed}[[block]]\n{line}"),
             (Some(line), _) => format!("{needed}[[block]]\npath = 'a.qcow2'\n{line}"),
+            (None, _) if line.starts_with("boot.from_block") => {
+                format!("{line}\n[[block]]\npath = 'a.img'")
+            }
             (None, true) => line,
             (None, false) => format!("{needed}{line}"),
         };

@@ -39,7 +39,39 @@ fn owner(name: &str, file: &Path) -> Owner {
         name: name.to_owned(),
         file: file.to_owned(),
         started_ms: 1_700_000_000_000,
+        laid: Laid::default(),
     }
+}
+
+#[test]
+fn what_was_laid_over_the_file_is_known_unless_it_is_too_much() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("web.toml");
+    let place = Place::under(&dir.path().join("launcher"), Some("web"), &file).unwrap();
+    let laid = |set: String| Laid {
+        profiles: vec!["ci".into()],
+        set: vec![set],
+        folder: "/vms".into(),
+    };
+    let web = Owner {
+        laid: laid("cpus=2".into()),
+        ..owner("web", &file)
+    };
+    drop(place.claim(&web).unwrap());
+    assert_eq!(place.last_owner(), Some(web));
+    let web = Owner {
+        laid: laid("x".repeat(100_000)),
+        ..owner("web", &file)
+    };
+    drop(place.claim(&web).unwrap());
+    assert_eq!(place.last_owner(), Some(owner("web", &file)));
+}
+
+#[test]
+fn an_older_launcher_says_nothing_of_what_was_laid_over_the_file() {
+    let text = r#"{"pid":1,"name":"web","file":"/web.toml","started_ms":0}"#;
+    let owner: Owner = serde_json::from_str(text).unwrap();
+    assert_eq!(owner.laid, Laid::default());
 }
 
 #[test]

@@ -151,6 +151,7 @@ impl Vm {
             name: "web".to_owned(),
             file,
             started_ms: 0,
+            laid: Default::default(),
         };
         let claim = place.claim(&owner).unwrap();
         let fake = Arc::new(fake);
@@ -731,6 +732,7 @@ fn a_folder_that_has_been_exchanged_is_noticed() {
         name: "web".to_owned(),
         file,
         started_ms: 0,
+        laid: Default::default(),
     };
     let claim = place.claim(&owner).unwrap();
     fs::rename(place.folder(), dir.path().join("launcher/old")).unwrap();

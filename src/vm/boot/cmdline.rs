@@ -64,7 +64,10 @@ mod tests {
         let line = |from: &str, partition| {
             let disks = "[[block]]\npath = 'a.img'\n[[block]]\npath = 'b.img'\nroot = true\n";
             std::fs::write(&file, format!("boot.from_block = {from}\n{disks}")).unwrap();
-            generate(&crate::config::load(&file).unwrap(), partition)
+            generate(
+                &crate::config::load(&file, &Default::default()).unwrap(),
+                partition,
+            )
         };
         assert_eq!(line("1", Some(3)), "console=ttyS0 root=/dev/vdb3 rw");
         assert_eq!(line("1", None), "console=ttyS0 root=/dev/vdb rw");

@@ -87,7 +87,9 @@ impl Bench {
         let text = "memory = '16MiB'\nboot.kernel = 'kernel'\nboot.initrd = 'initrd'\n\
                     boot.cmdline = 'quiet'\n";
         fs::write(&file, text).unwrap();
-        let places = crate::config::load(&file).unwrap().places;
+        let places = crate::config::load(&file, &Default::default())
+            .unwrap()
+            .places;
         let error = self.load(memory_size, cmdline).err().unwrap();
         let shown = error.at(&places).to_string();
         let mut lines = shown.lines().skip_while(|line| !line.contains('^')).take(1);

@@ -37,7 +37,7 @@ impl Folder {
     fn config(&self, disks: &str) -> Vm {
         let file = self.path("vm.toml");
         fs::write(&file, format!("boot.kernel = 'k'\n{disks}")).unwrap();
-        config::load(&file).unwrap()
+        config::load(&file, &config::Choice::default()).unwrap()
     }
 
     /// Opens the disks of a file.

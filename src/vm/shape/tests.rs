@@ -28,7 +28,7 @@ const VM: &str = r#"
 fn vm_in(folder: &Path, text: &str) -> Vm {
     fs::create_dir_all(folder).unwrap();
     fs::write(folder.join("vm.toml"), text).unwrap();
-    config::load(&folder.join("vm.toml")).unwrap()
+    config::load(&folder.join("vm.toml"), &Default::default()).unwrap()
 }
 
 fn with_disks(count: usize) -> String {

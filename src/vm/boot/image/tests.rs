@@ -110,7 +110,10 @@ impl Bench {
         let text =
             format!("boot.from_block = 0\n[[block]]\npath = '{image}'\nformat = 'raw'\n{more}\n");
         fs::write(&file, text).unwrap();
-        crate::config::load(&file).unwrap().block.remove(0)
+        crate::config::load(&file, &Default::default())
+            .unwrap()
+            .block
+            .remove(0)
     }
 
     fn read(&self, image: &str) -> Result<BootFiles> {
