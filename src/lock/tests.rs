@@ -472,6 +472,16 @@ fn a_file_that_is_missing_is_no_lock() {
 }
 
 #[test]
+fn a_folder_that_is_the_initrd_is_locked_with_all_that_is_in_it() {
+    let place = Place::new();
+    place.edit("boot/initrd.img", "boot");
+    place.lock();
+    assert_eq!(place.check(), Ok(()));
+    place.put("boot/more", "");
+    assert_eq!(place.drift()[0].0, "boot.initrd (boot), sha256");
+}
+
+#[test]
 fn a_file_that_is_yet_to_be_fetched_is_locked_by_its_digest() {
     let place = Place::new();
     let digest = sha256("a kernel from afar");
