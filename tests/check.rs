@@ -430,3 +430,57 @@ fn that_the_vm_itself_runs_is_no_problem() {
     assert_eq!((code, &*out, &*err), (0, "vm.toml: ok\n", ""));
     assert!(stopped.success());
 }
+
+#[test]
+fn what_a_disk_is_booted_from_is_looked_at() {
+    let folder = Folder::new();
+    let fill = |file: &str, content: &[u8]| {
+        fs::create_dir_all(folder.path("tree/boot")).unwrap();
+        fs::write(folder.path("tree/boot").join(file), content).unwrap();
+        let _ = fs::remove_file(folder.path("a.img"));
+        let made = Command::new("/sbin/mke2fs")
+            .args(["-q", "-t", "ext4", "-d", "tree", "a.img", "8M"])
+            .current_dir(folder.0.path())
+            .status();
+        assert!(made.unwrap().success());
+        fs::remove_dir_all(folder.path("tree")).unwrap();
+    };
+    let text = "[boot]\nfrom_block = 0\n[[block]]\npath = 'a.img'\nroot = true\n";
+    fill("vmlinuz-1", &bare::kernel(bare::POWER_OFF));
+    folder.says(text, "");
+    fill("vmlinuz-1", b"no kernel");
+    folder.says(
+        text,
+        r"
+error: the kernel /boot/vmlinuz-1 of `a.img` is no kernel: it is neither a bzImage nor an ELF file
+ --> vm.toml:2:14
+  |
+2 | from_block = 0
+  |              ^
+  |
+  = help: give a bzImage (a distribution's /boot/vmlinuz-…) or an ELF vmlinux
+",
+    );
+    // An image that is not there is told as such, and only once.
+    fs::remove_file(folder.path("a.img")).unwrap();
+    folder.says(
+        text,
+        r"
+error: cannot open `a.img`: No such file or directory
+ --> vm.toml:4:8
+  |
+4 | path = 'a.img'
+  |        ^^^^^^^
+  |
+  = help: create it, or add `size` to have it created
+",
+    );
+}
+
+#[test]
+fn a_folder_that_is_the_initrd_is_looked_at() {
+    let folder = Folder::new();
+    fs::create_dir(folder.path("root")).unwrap();
+    fs::write(folder.path("root/init"), "").unwrap();
+    folder.says("boot.kernel = 'k'\nboot.initrd = 'root'\n", "");
+}
