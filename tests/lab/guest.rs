@@ -286,18 +286,28 @@ impl Vm {
 
     /// Waits for a text on the console; what came before it.
     pub(crate) fn wait_for(&mut self, text: &str) -> String {
-        match self.console.wait_for(text, self.at, PATIENCE) {
-            Ok((before, at)) => {
-                self.at = at;
-                before
-            }
-            Err(Missed::Late) => {
-                let doing = hang::describe(self.id());
-                panic!("no {text:?} on the console within {PATIENCE:?}\n{doing}")
-            }
-            Err(Missed::Ended) => {
-                let code = self.exit();
-                panic!("launcher ended with {code} before {text:?} was on the console")
+        /// A guest that is lost takes a CPU from all others: it is not waited for to the end.
+        const LOOK: Duration = Duration::from_secs(10);
+        let (started, mut watch) = (Instant::now(), None);
+        loop {
+            match self.console.wait_for(text, self.at, LOOK) {
+                Ok((before, at)) => {
+                    self.at = at;
+                    return before;
+                }
+                Err(Missed::Late)
+                    if started.elapsed() < PATIENCE
+                        && !watch
+                            .get_or_insert_with(|| hang::Watch::new(self.id()))
+                            .is_lost() => {}
+                Err(Missed::Late) => {
+                    let (waited, doing) = (started.elapsed().as_secs(), hang::describe(self.id()));
+                    panic!("no {text:?} on the console within {waited} s\n{doing}")
+                }
+                Err(Missed::Ended) => {
+                    let code = self.exit();
+                    panic!("launcher ended with {code} before {text:?} was on the console")
+                }
             }
         }
     }

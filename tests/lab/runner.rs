@@ -203,18 +203,29 @@ fn default_threads() -> usize {
 
 /// How many guests of one run an emulated machine may lose, and how many of one case.
 ///
-/// Software emulation of nested virtualisation now and then ends a guest with a triple fault, or
-/// stops it for good, in the middle of what another run of the same case does without. What was
-/// seen of one that stopped: the guest notifies a virtqueue, KVM cannot fetch that instruction,
-/// though the guest has just executed it, and reflects a page fault to the guest, which finds
-/// nothing wrong and tries again, 24,000 times a second; `launcher` sleeps meanwhile. Such a case
-/// is run again, and says so; on hardware, and past these numbers, it fails.
-const EMULATED_LOSSES: u32 = 8;
-const EMULATED_LOSSES_OF_A_CASE: u32 = 2;
+/// Software emulation of nested virtualisation loses a guest now and then: with KVM's usual page
+/// tables one run in ten of a case that makes some hundred thousand exits. What was seen, with
+/// KVM's trace:
+///
+/// - the guest comes back from an exit, as thousands before, and the next fetch of an instruction,
+///   in the kernel's own text, is a page fault whose delivery is one too: a triple fault;
+/// - the guest notifies a virtqueue, KVM cannot fetch that instruction, though the guest has just
+///   executed it, and reflects a page fault to the guest, which finds nothing wrong and tries
+///   again, 24,000 times a second, while `launcher` sleeps;
+/// - the guest stays at one instruction for ever, before it has found a device.
+///
+/// It happened with no disk at all, with emulated CPUs one after the other and in parallel, with
+/// kernels 6.1 and 6.12 outside, without huge pages; never in 45 runs without the TDP MMU, which
+/// scripts/outer therefore leaves out. Should one be lost all the same, its case is run again, and
+/// says so; on hardware, and past these numbers, it fails. What goes wrong each time fails anyhow.
+const EMULATED_LOSSES: u32 = 16;
+const EMULATED_LOSSES_OF_A_CASE: u32 = 3;
 
 /// What a lost guest looks like: a crash, or a console on which nothing comes any more.
-const LOST: [&str; 3] = [
+const LOST: [&str; 4] = [
     "crashed (triple fault)",
+    // What a client is told at that moment, before the crash is on standard error.
+    r#""kind":"ending""#,
     "on the console within",
     "launcher has not ended within",
 ];
@@ -252,6 +263,8 @@ fn run_once(case: Case) -> Outcome {
 }
 
 fn describe(payload: &(dyn Any + Send)) -> String {
+    // What ends says why only after those who have asked it for something know that it ends.
+    thread::sleep(Duration::from_secs(1));
     let mut text = PANIC.with_borrow(String::clone);
     if text.is_empty() {
         text = payload
