@@ -78,7 +78,11 @@ impl Init {
         write(&file, &text, self.force)
             .map_err(|error| Error::failed(format!("cannot write {}: {error}", file.display())))?;
         print(&said(&dir, &file, &found))?;
-        let problems = vm::check(&config::load(&file)?, up::engine()?, false)?;
+        let problems = vm::check(
+            &config::load(&file, &config::Choice::default())?,
+            up::engine()?,
+            false,
+        )?;
         for problem in &problems {
             complain(problem);
         }
