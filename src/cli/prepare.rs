@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::choice::Chosen;
 use super::output::{print, table};
 use super::target::Target;
 use crate::config::{HostFile, Vm};
@@ -23,6 +24,8 @@ pub(super) struct Prepare {
     /// Run the commands of `build` even if their files are there; not while the VM runs
     #[arg(long)]
     rebuild: bool,
+    #[command(flatten)]
+    chosen: Chosen,
 }
 
 impl Prepare {
@@ -30,7 +33,7 @@ impl Prepare {
         if self.rebuild {
             not_running(&Target::of(self.vm.clone())?)?;
         }
-        let vm = config::load(&super::file(self.vm), &config::Choice::default())?;
+        let vm = config::load(&super::file(self.vm), &self.chosen.choice())?;
         let made = sources::make(&vm, self.rebuild)?;
         let files = vm.host_files();
         let files = || files.iter().zip(&made);

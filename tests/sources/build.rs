@@ -88,6 +88,45 @@ fn a_command_runs_in_the_folder_of_the_file_that_names_it() {
 }
 
 #[test]
+fn of_files_over_files_the_one_that_says_the_command_has_its_folder() {
+    let folder = Folder::new(
+        "extends = [\"base/base.toml\"]\n[boot.initrd]\npath = \"i\"\nbuild = \"./here.sh\"\n",
+    );
+    folder.script("here.sh", "touch i");
+    folder.write(
+        "base/base.toml",
+        "[boot.kernel]\npath = \"k\"\nbuild = \"./base.sh\"\n",
+    );
+    folder.script("base/base.sh", "touch k");
+    let done = folder.launcher(&["prepare"]);
+    assert_eq!(done.code, 0, "{done:?}");
+    assert!(folder.path("base/k").exists() && folder.path("i").exists());
+    let set = &[
+        "prepare",
+        "--set",
+        "boot.initrd.path=l",
+        "--set",
+        "boot.initrd.build=[\"touch\", \"l\"]",
+    ];
+    let done = folder.launcher(set);
+    assert_eq!(done.code, 0, "{done:?}");
+    assert!(folder.path("l").exists());
+}
+
+#[test]
+fn what_a_profile_names_is_prepared_with_it() {
+    let folder = Folder::new(
+        "[boot]\nkernel = \"k\"\n[profile.built.boot]\n\
+         kernel = { path = \"b\", build = [\"touch\", \"b\"] }\n",
+    );
+    folder.write("k", "");
+    let done = folder.launcher(&["prepare"]);
+    assert_eq!(done.out, "boot.kernel  present  k\n", "{done:?}");
+    let done = folder.launcher(&["prepare", "-p", "built"]);
+    assert_eq!(done.out, "boot.kernel  built  b\n", "{done:?}");
+}
+
+#[test]
 fn one_command_of_several_files_is_run_once() {
     let folder = Folder::new(
         "[boot]\nkernel = { path = \"k\", build = \"./all.sh\" }\n\
