@@ -36,10 +36,11 @@ impl Config {
 /// Show every value that holds, and where it comes from
 ///
 /// What is printed is a VM's file by itself: what it extends, profiles and defaults are filled in,
-/// and paths are absolute. A comment behind each value says which line of which file it is from;
-/// a value that follows from others is a comment as a whole. As JSON, each value is an object with
-/// `value` (null: none) and `origin`: `{"from": "file", "file": FILE, "line": LINE}`, or `from` is
-/// `set`, `default`, or `derived` with the reason in `why`.
+/// and paths are absolute; a `build` runs in the folder of the file that says it. A comment behind
+/// each value says which line of which file it is from; a value that follows from others is a
+/// comment as a whole. As JSON, each value is an object with `value` (null: none) and `origin`:
+/// `{"from": "file", "file": FILE, "line": LINE}`, or `from` is `set`, `default`, or `derived` with
+/// the reason in `why`.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  launcher config show vm.toml\n  launcher config show web -p ci --set cpus=4 --json"
