@@ -216,7 +216,7 @@ Example:
     );
     let (_, out, _) = run(folder.path(), &["explain", "[boot]"]);
     assert!(
-        out.contains("Keys:\n  boot.kernel   The kernel: a bzImage"),
+        out.contains("Keys:\n  boot.kernel      The kernel: a bzImage"),
         "{out}"
     );
 }
