@@ -9,19 +9,19 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use self::found::{Disk, Found, Named};
+use self::found::{Found, Kernel, Named};
 use super::output::{complain, print, table};
 use super::up;
-use crate::config::size;
+use crate::config::{Choice, size};
 use crate::{Error, Result, config, exit, vm};
 
 /// Write a vm.toml that boots the kernel and the images of a folder
 ///
 /// The kernel, its initrd and the disk images are those that are named, or else those found in
 /// the folder: a kernel is a `vmlinuz*`, `vmlinux*` or `bzImage*` that boots, an initrd an
-/// `initrd*` or `initramfs*`, an image has the extension of a format. A folder with images but
-/// without a kernel gets the one that this host runs, if it may be read. Each line of the file is
-/// explained, and what is left at its default is there in a comment.
+/// `initrd*` or `initramfs*`, an image has the extension of a format. Without a kernel, that of a
+/// disk's own file system is booted, or else the one that this host runs, if it may be read. Each
+/// line of the file is explained, and what is left at its default is there in a comment.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  launcher init\n  launcher init web --disk root.qcow2 --memory 2GiB\n  launcher init --kernel arch/x86/boot/bzImage --initrd rootfs.cpio.gz"
@@ -79,7 +79,7 @@ impl Init {
             .map_err(|error| Error::failed(format!("cannot write {}: {error}", file.display())))?;
         print(&said(&dir, &file, &found))?;
         let problems = vm::check(
-            &config::load(&file, &config::Choice::default())?,
+            &config::load(&file, &Choice::default())?,
             up::engine()?,
             false,
         )?;
@@ -95,14 +95,18 @@ impl Init {
 
 /// The memory that kernel and initrd need, if the default does not do.
 fn enough(found: &Found) -> Result<Option<u64>> {
-    let initrd = found.initrd.as_deref();
+    let boots = |memory| match &found.kernel {
+        Kernel::File(kernel) | Kernel::Hosts(kernel) => {
+            vm::check_kernel(kernel, found.initrd.as_deref(), memory)
+        }
+        Kernel::Disk(index) => found.disks[*index].boots(memory),
+    };
     for memory in [None, Some(1 << 30), Some(2 << 30)] {
-        if vm::check_kernel(&found.kernel, initrd, memory.unwrap_or(512 << 20)).is_ok() {
+        if boots(memory.unwrap_or(512 << 20)).is_ok() {
             return Ok(memory);
         }
     }
-    vm::check_kernel(&found.kernel, initrd, 4 << 30)?;
-    Ok(Some(4 << 30))
+    boots(4 << 30).map(|()| Some(4 << 30))
 }
 
 /// Writes the file whole, or not at all.
@@ -127,14 +131,24 @@ fn write(file: &Path, text: &str, force: bool) -> io::Result<()> {
 
 /// What was found, and what to do next.
 fn said(dir: &Path, file: &Path, found: &Found) -> String {
-    let mut rows = vec![["kernel".to_owned(), found.kernel.display().to_string()]];
-    if found.is_hosts {
-        rows[0][1] += " (that of this host: the folder has none)";
-    }
+    let kernel = match &found.kernel {
+        Kernel::File(kernel) => kernel.display().to_string(),
+        Kernel::Hosts(kernel) => {
+            format!(
+                "{} (that of this host: the folder has none)",
+                kernel.display()
+            )
+        }
+        Kernel::Disk(index) => {
+            let disk = found.disks[*index].path.display();
+            format!("that of {disk}, with its initrd")
+        }
+    };
+    let mut rows = vec![["kernel".to_owned(), kernel]];
     if let Some(initrd) = &found.initrd {
         rows.push(["initrd".to_owned(), initrd.display().to_string()]);
     }
-    let root = root(&found.disks);
+    let root = root(found);
     for (index, disk) in found.disks.iter().enumerate() {
         let mut said = format!("{} ({}", disk.path.display(), disk.format);
         if root == Some(index) {
@@ -159,7 +173,12 @@ fn said(dir: &Path, file: &Path, found: &Found) -> String {
     )
 }
 
-/// The disk with the root file system: the first that can be written.
-fn root(disks: &[Disk]) -> Option<usize> {
-    disks.iter().position(|disk| !disk.ro)
+/// The disk with the root file system: the one that is booted from, or else the first; one that
+/// can be written.
+fn root(found: &Found) -> Option<usize> {
+    let writable = |index: &usize| found.disks.get(*index).is_some_and(|disk| !disk.ro);
+    match found.kernel {
+        Kernel::Disk(index) => Some(index).filter(writable),
+        _ => (0..found.disks.len()).find(writable),
+    }
 }

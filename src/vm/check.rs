@@ -4,18 +4,16 @@
 use std::fs::{self, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use formats::{Engine, Format, HostFile, Image, OpenError, Ring};
 use rustix::fs::{Access, access};
 use rustix::io::Errno;
 
-use super::boot::{self, BootFiles, Parameters};
+use super::boot::{self, BootFiles};
 use super::console::log_file;
-use super::{layout, memory};
-use crate::config::{self, Block, Boot, Vm, size};
-use crate::devices::GuestMemory;
-use crate::devices::virtio::blk::{Blk, BlkOptions};
+use super::trial;
+use crate::config::{self, Block, Vm, size};
+use crate::devices::virtio::blk::Blk;
 use crate::{Error, Result};
 
 /// All that is wrong with the host's files of a VM, each error at its place in the VM's file.
@@ -69,13 +67,10 @@ fn boot(config: &Vm, engine: Engine, runs: bool) -> Result<Vec<Error>> {
         Err(error) => return Ok(with_initrd(config, error)),
     };
     let cmdline = boot::cmdline(config, files.root_partition);
-    let (loaded, memory) = load(&files, config.memory, &cmdline)?;
-    let problems = match loaded {
+    Ok(match trial::loads(&files, config.memory, &cmdline) {
         Ok(()) => Vec::new(),
         Err(error) => with_initrd(config, error),
-    };
-    memory::clear(&memory)?;
-    Ok(problems)
+    })
 }
 
 /// An error, and what is wrong with the initrd: a kernel that is wrong hides one that is not there.
@@ -92,53 +87,10 @@ fn on_disk(block: &Block, engine: Engine, runs: bool) -> Option<Result<BootFiles
     if runs && !block.ro && !block.ephemeral {
         return None;
     }
-    let options = BlkOptions {
-        image: Image {
-            ro: true,
-            lock: false,
-            size: None,
-            ..block.image()
-        },
-        format: formats::find(&block.format)?,
-        ephemeral: false,
-        id: None,
-        queues: 1,
-        engine,
-    };
+    let format = formats::find(&block.format)?;
+    let options = trial::read_only(block.image(), format, engine);
     let disk = Blk::open(options).ok()?;
     Some(boot::image::read(&disk.handle(), block))
-}
-
-/// Loads a kernel, and an initrd, into this much memory (bytes) that no guest sees.
-///
-/// # Errors
-///
-/// Why it does not boot; about `memory` if that is too small for it.
-pub fn check_kernel(kernel: &Path, initrd: Option<&Path>, memory: u64) -> Result<()> {
-    let boot = Boot {
-        kernel: Some(config::HostFile::at(kernel)),
-        initrd: initrd.map(config::HostFile::at),
-        from_block: None,
-        cmdline: String::new(),
-        from_block_at: None,
-    };
-    let (loaded, memory) = load(&BootFiles::named(&boot)?, memory, "")?;
-    memory::clear(&memory)?;
-    loaded
-}
-
-/// Loads kernel and initrd as for a start; also returns the memory that they are in.
-fn load(files: &BootFiles, memory: u64, cmdline: &str) -> Result<(Result<()>, Arc<GuestMemory>)> {
-    // Nothing is loaded above the hole, and the mapping stays.
-    let memory_size = memory.min(layout::HOLE_START);
-    let memory = memory::allocate(memory_size)?;
-    let parameters = Parameters {
-        memory_size,
-        cmdline,
-        rsdp: layout::ACPI.start,
-    };
-    let loaded = boot::load(&memory, files, &parameters).map(drop);
-    Ok((loaded, memory))
 }
 
 /// Opens a disk's image as `up` does, but only to read it.

@@ -17,6 +17,7 @@ mod memory;
 mod run;
 mod session;
 mod shape;
+mod trial;
 mod vcpu;
 
 use std::path::PathBuf;
@@ -27,9 +28,10 @@ use crate::control::messages::{Event, How};
 
 #[cfg(test)]
 pub(crate) use boot::tests::bare_kernel;
-pub use check::{check, check_kernel};
+pub use check::check;
 pub use run::run;
 pub use shape::{Device, Function, Shape, shape};
+pub use trial::{check_disk, check_kernel};
 
 /// How `launcher up` runs a VM, besides what its file says.
 #[derive(Clone, Debug, Default)]

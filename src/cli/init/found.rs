@@ -5,11 +5,12 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use formats::Image;
 use formats::qcow2::Header;
 use formats::qcow2::header::MAX_HEADER;
 use rustix::fs::{Access, access};
 
-use crate::cli::disk;
+use crate::cli::{disk, up};
 use crate::{Error, Result, vm};
 
 /// What the command line names.
@@ -21,12 +22,21 @@ pub(super) struct Named {
     pub(super) format: Option<String>,
 }
 
+/// Where the kernel is.
+#[derive(Debug)]
+pub(super) enum Kernel {
+    /// A file.
+    File(PathBuf),
+    /// The file that this host runs.
+    Hosts(PathBuf),
+    /// The file system of this disk, by its index.
+    Disk(usize),
+}
+
 /// What the VM is made of.
 #[derive(Debug)]
 pub(super) struct Found {
-    pub(super) kernel: PathBuf,
-    /// Whether the kernel is the one that this host runs.
-    pub(super) is_hosts: bool,
+    pub(super) kernel: Kernel,
     pub(super) initrd: Option<PathBuf>,
     pub(super) disks: Vec<Disk>,
     /// What looks like a kernel, and why it was not taken.
@@ -81,30 +91,26 @@ pub(super) fn find(dir: &Path, named: Named, running: &Running) -> Result<Found>
         true => images(dir, &names, format)?,
     };
     let mut passed_over = Vec::new();
-    let (kernel, is_hosts) = match named.kernel {
+    let kernel = match named.kernel {
         Some(kernel) => {
             bootable(&kernel)?;
-            (kernel, false)
+            Kernel::File(kernel)
         }
         None => match kernel_of(dir, &names, &mut passed_over) {
-            Some(kernel) => (kernel, false),
-            None if !disks.is_empty() && bootable(&running.kernel).is_ok() => {
-                (running.kernel.clone(), true)
-            }
-            None => return Err(no_kernel(dir, &passed_over, &disks)),
+            Some(kernel) => Kernel::File(kernel),
+            None => elsewhere(&disks, named.initrd.is_some(), running)
+                .map_err(|why| no_kernel(dir, &passed_over, &disks, why))?,
         },
     };
     let readable = |path: &&PathBuf| access(*path, Access::READ_OK).is_ok();
-    let initrd = match named.initrd {
-        Some(initrd) => Some(initrd),
-        None if is_hosts => running.initrds.iter().find(readable).cloned(),
-        None => initrd_of(dir, &names, &kernel),
+    let initrd = match (named.initrd, &kernel) {
+        (Some(initrd), _) => Some(initrd),
+        (None, Kernel::Disk(_)) => None,
+        (None, Kernel::Hosts(_)) => running.initrds.iter().find(readable).cloned(),
+        (None, Kernel::File(kernel)) => initrd_of(dir, &names, kernel),
     };
     if disks.is_empty() && initrd.is_none() {
-        let message = format!(
-            "{} has a kernel, but no disk image or initrd",
-            dir.display()
-        );
+        let message = format!("{} has a kernel, but no disk image or initrd", folder(dir));
         return Err(Error::usage(message).help(
             "put an image there (`*.qcow2`, `*.img`, `*.raw`) or an `initrd.img`, or name one with \
              `--disk IMAGE` or `--initrd FILE`",
@@ -112,26 +118,66 @@ pub(super) fn find(dir: &Path, named: Named, running: &Running) -> Result<Found>
     }
     Ok(Found {
         kernel,
-        is_hosts,
         initrd,
         disks,
         passed_over,
     })
 }
 
+/// As much memory as any kernel takes.
+const MEMORY: u64 = 2 << 30;
+
 fn bootable(kernel: &Path) -> Result<()> {
-    // As much as any kernel takes.
-    vm::check_kernel(kernel, None, 2 << 30)
+    vm::check_kernel(kernel, None, MEMORY)
 }
 
-fn no_kernel(dir: &Path, passed_over: &[(PathBuf, String)], disks: &[Disk]) -> Error {
+/// The kernel for a folder that has none: that of a disk, or else that of this host. The error is
+/// why the first disk has none.
+fn elsewhere(
+    disks: &[Disk],
+    with_initrd: bool,
+    running: &Running,
+) -> Result<Kernel, Option<Error>> {
+    let mut first = None;
+    for (index, disk) in disks.iter().enumerate().filter(|_| !with_initrd) {
+        match disk.boots(MEMORY) {
+            Ok(()) => return Ok(Kernel::Disk(index)),
+            Err(error) => first = first.or(Some(error)),
+        }
+    }
+    match !disks.is_empty() && bootable(&running.kernel).is_ok() {
+        true => Ok(Kernel::Hosts(running.kernel.clone())),
+        false => Err(first),
+    }
+}
+
+impl Disk {
+    /// Whether kernel and initrd of its file system boot in this much memory.
+    pub(super) fn boots(&self, memory: u64) -> Result<()> {
+        let format = disk::format_of(&self.path, Some(self.format), None)?;
+        let image = Image {
+            backing: self.backing.clone(),
+            format_written: self.format_named,
+            ..Image::new(&self.path)
+        };
+        vm::check_disk(&image, format, memory, up::engine()?)
+    }
+}
+
+fn no_kernel(
+    dir: &Path,
+    passed_over: &[(PathBuf, String)],
+    disks: &[Disk],
+    why: Option<Error>,
+) -> Error {
     let dir = folder(dir);
-    let message = match (passed_over, disks) {
-        ([(path, why), ..], _) => {
+    let message = match (passed_over, disks, why) {
+        ([(path, why), ..], ..) => {
             format!("{dir} has no kernel that boots: {} {why}", path.display())
         }
-        ([], []) => format!("{dir} has neither a kernel nor a disk image"),
-        ([], _) => format!("{dir} has no kernel, and this host's cannot be read"),
+        ([], [], _) => format!("{dir} has neither a kernel nor a disk image"),
+        ([], _, Some(why)) => format!("{dir} has no kernel: {}", why.message()),
+        ([], _, None) => format!("{dir} has no kernel, and this host's cannot be read"),
     };
     Error::usage(message).help(
         "put a `vmlinuz` there (a distribution's /boot/vmlinuz-…, a bzImage or vmlinux of your \
@@ -403,12 +449,11 @@ mod tests {
         );
         fs::write(folder.path().join("a.img"), [0; 512]).unwrap();
         let error = found().unwrap_err().to_string();
-        assert!(error.contains("this host's cannot be read"), "{error}");
+        assert!(error.contains("has no kernel: "), "{error}");
         fs::write(&running.kernel, vm::bare_kernel()).unwrap();
         fs::write(&running.initrds[1], "x").unwrap();
         let found = found().unwrap();
-        assert!(found.is_hosts);
-        assert_eq!(found.kernel, running.kernel);
+        assert!(matches!(found.kernel, Kernel::Hosts(kernel) if kernel == running.kernel));
         assert_eq!(found.initrd.as_ref(), Some(&running.initrds[1]));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::found::{Disk, Found};
+use super::found::{Found, Kernel};
 use crate::config::{Absent, KEYS, Key, Takes, size};
 use crate::{Error, Result};
 
@@ -39,13 +39,17 @@ pub(super) fn text(dir: &Path, found: &Found, settings: &Settings) -> Result<Str
     if let Some(memory) = settings.memory {
         top.push(Set::new("memory", of_size(memory)));
     }
-    let mut boot = vec![path("kernel", dir, &found.kernel)?];
-    if found.is_hosts {
-        boot[0].note = Some(
-            "This is the kernel of the host that the file was made on, by an absolute path: \
-             elsewhere, put another in its place.",
-        );
-    }
+    let mut boot = match &found.kernel {
+        Kernel::File(kernel) => vec![path("kernel", dir, kernel)?],
+        Kernel::Hosts(kernel) => vec![Set {
+            note: Some(
+                "This is the kernel of the host that the file was made on, by an absolute path: \
+                 elsewhere, put another in its place.",
+            ),
+            ..path("kernel", dir, kernel)?
+        }],
+        Kernel::Disk(index) => vec![Set::new("from_block", index.to_string())],
+    };
     if let Some(initrd) = &found.initrd {
         boot.push(path("initrd", dir, initrd)?);
     }
@@ -64,7 +68,7 @@ pub(super) fn text(dir: &Path, found: &Found, settings: &Settings) -> Result<Str
                 keys.iter().for_each(|key| option(key, set, &mut text));
             }
             Takes::Tables(keys) if key.name == "block" => {
-                blocks(key, keys, dir, &found.disks, &mut text)?;
+                blocks(key, keys, dir, found, &mut text)?;
             }
             _ => {}
         }
@@ -73,12 +77,13 @@ pub(super) fn text(dir: &Path, found: &Found, settings: &Settings) -> Result<Str
 }
 
 /// The disks: of the first, all that could be said of it.
-fn blocks(key: &Key, keys: &[Key], dir: &Path, disks: &[Disk], text: &mut String) -> Result<()> {
+fn blocks(key: &Key, keys: &[Key], dir: &Path, found: &Found, text: &mut String) -> Result<()> {
+    let disks = &found.disks;
     *text += &format!("\n{}", comment(&key.meaning()));
     if disks.is_empty() {
         *text += "# [[block]]\n# path = \"disk.img\"\n";
     }
-    let root = super::root(disks);
+    let root = super::root(found);
     for (index, disk) in disks.iter().enumerate() {
         let mut set = vec![path("path", dir, &disk.path)?];
         if disk.format_named {

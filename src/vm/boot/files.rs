@@ -24,11 +24,16 @@ impl BootFiles {
         let kernel = boot.kernel.as_ref().ok_or_else(|| {
             Error::usage("there is no kernel to boot").help("write `kernel` in `[boot]`")
         })?;
-        let initrd = boot.initrd.as_ref();
+        let initrd = boot.initrd.as_ref().map(|file| &*file.path);
+        BootFiles::open(&kernel.path, initrd)
+    }
+
+    /// Opens files of the host.
+    pub(crate) fn open(kernel: &Path, initrd: Option<&Path>) -> Result<BootFiles> {
         Ok(BootFiles {
-            kernel: BootFile::open(Part::Kernel, &kernel.path)?,
+            kernel: BootFile::open(Part::Kernel, kernel)?,
             initrd: initrd
-                .map(|file| BootFile::open(Part::Initrd, &file.path))
+                .map(|path| BootFile::open(Part::Initrd, path))
                 .transpose()?,
             root_partition: None,
         })

@@ -12,6 +12,7 @@ mod tests;
 mod window;
 
 use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
@@ -40,41 +41,24 @@ pub(crate) fn read(disk: &BlkHandle, block: &Block) -> Result<BootFiles> {
     read_patiently(disk, block, STALLED)
 }
 
+/// As [`read`], of a disk that is described nowhere yet, and may have no root file system.
+pub(crate) fn read_alone(disk: &BlkHandle, path: &Path) -> Result<BootFiles> {
+    let image = Image {
+        shown: format!("`{}`", path.display()),
+        sector: 512,
+        root: false,
+    };
+    image.read_patiently(disk, STALLED)
+}
+
 fn read_patiently(disk: &BlkHandle, block: &Block, patience: Duration) -> Result<BootFiles> {
     let image = Image {
         shown: format!("`{}`", block.path.display()),
         sector: block.block_size.into(),
         root: block.root,
     };
-    let watch = Arc::new(Watch::default());
-    let (answer, answered) = mpsc::sync_channel(1);
-    let (handle, watched) = (disk.clone(), Arc::clone(&watch));
-    let shown = image.shown.clone();
-    // A thread of its own can be left to itself if the reader never comes to an end: the error
-    // ends this process.
-    thread::Builder::new()
-        .name("boot files".into())
-        .spawn(move || {
-            let _ = answer.send(image.read(Window::of(handle, watched)));
-        })
-        .map_err(|error| Error::failed(format!("cannot start a thread: {error}")))?;
-    loop {
-        let before = watch.idle_at();
-        match answered.recv_timeout(patience) {
-            Ok(result) => return result.map_err(|error| error.about(KEY)),
-            Err(RecvTimeoutError::Timeout) if before.is_none() || before != watch.idle_at() => {}
-            Err(error) => {
-                let what = match error {
-                    RecvTimeoutError::Timeout => "leads in circles",
-                    RecvTimeoutError::Disconnected => "is more than its reader can take",
-                };
-                let message = format!("the file system of {shown} is damaged: it {what}");
-                return Err(Error::usage(message).help(REPAIR).about(KEY));
-            }
-        }
-    }
+    image.read_patiently(disk, patience)
 }
-
 const REPAIR: &str = "repair it with e2fsck, or name files of the host with `kernel` and `initrd`";
 
 /// A disk that is searched.
@@ -88,6 +72,38 @@ struct Image {
 }
 
 impl Image {
+    /// Reads it, as long as its reader asks for something new again and again.
+    fn read_patiently(self, disk: &BlkHandle, patience: Duration) -> Result<BootFiles> {
+        let watch = Arc::new(Watch::default());
+        let (answer, answered) = mpsc::sync_channel(1);
+        let (handle, watched) = (disk.clone(), Arc::clone(&watch));
+        let shown = self.shown.clone();
+        // A thread of its own can be left to itself if the reader never comes to an end: the error
+        // ends this process.
+        thread::Builder::new()
+            .name("boot files".into())
+            .spawn(move || {
+                let _ = answer.send(self.read(Window::of(handle, watched)));
+            })
+            .map_err(|error| Error::failed(format!("cannot start a thread: {error}")))?;
+        loop {
+            let before = watch.idle_at();
+            match answered.recv_timeout(patience) {
+                Ok(result) => return result.map_err(|error| error.about(KEY)),
+                Err(RecvTimeoutError::Timeout) if before.is_none() || before != watch.idle_at() => {
+                }
+                Err(error) => {
+                    let what = match error {
+                        RecvTimeoutError::Timeout => "leads in circles",
+                        RecvTimeoutError::Disconnected => "is more than its reader can take",
+                    };
+                    let message = format!("the file system of {shown} is damaged: it {what}");
+                    return Err(Error::usage(message).help(REPAIR).about(KEY));
+                }
+            }
+        }
+    }
+
     fn read(&self, disk: Window) -> Result<BootFiles> {
         let volumes = partitions::volumes(&disk, self.sector).map_err(|error| match error {
             TableError::Unreadable(error) => self.unreadable(&error),
