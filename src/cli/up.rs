@@ -20,8 +20,9 @@ use detach::Ready;
 
 /// Boot a VM and stay with it until it ends, or boot several and leave them running
 ///
-/// Of several VMs all files are checked before the first starts. Each then runs in a process of
-/// its own, as with --detach. The exit code is that of the first that failed.
+/// Of several VMs all files are read, and what they name is fetched, built and compared, before
+/// the first starts. Each then runs in a process of its own, as with --detach. The exit code is
+/// that of the first that failed.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  launcher up vm.toml\n  launcher up --detach --wait boot vm.toml\n  launcher up vm.toml -p ci --set memory=2GiB\n  launcher up web.toml db.toml\n  launcher up --all fleet --wait boot"

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use tempfile::TempDir;
 
 use crate::kernel::*;
+use crate::vm::eventually;
 
 /// A folder with kernels, VMs of them, and what runs.
 struct Fleet(TempDir);
@@ -44,6 +45,7 @@ impl Fleet {
             .current_dir(self.path(""))
             .env_remove("LAUNCHER_LOG")
             .env("XDG_RUNTIME_DIR", self.path(""))
+            .env("XDG_CACHE_HOME", self.path("cache"))
             .stdin(Stdio::null())
             .output()
             .unwrap();
@@ -84,12 +86,13 @@ fn each_vm_of_a_folder_runs_and_all_are_ended() {
     assert_eq!(fleet.running(), ["a", "bee", "c"]);
     let (code, out, _) = fleet.launcher(&["kill", "vms/c.toml"]);
     assert_eq!((code, out.len()), (0, 1));
+    eventually("its process ends", || fleet.running() == ["a", "bee"]);
     // One that does not run is no failure.
     let (code, out, err) = fleet.launcher(&["kill", "--all", "vms"]);
     assert_eq!((code, &*err), (0, ""));
     let forced = |name| format!("{name} was ended by force: an order to kill it");
     assert_eq!(out, ["a", "bee"].map(forced));
-    assert!(fleet.running().is_empty());
+    eventually("their processes end", || fleet.running().is_empty());
     let (code, _, err) = fleet.launcher(&["stop", "--all", "vms"]);
     assert_eq!(code, 3);
     assert!(
@@ -123,6 +126,41 @@ fn none_starts_if_one_file_is_wrong() {
         err.contains("`cpus` is 0") && err.contains("`name` is ''"),
         "{err}"
     );
+    assert!(fleet.running().is_empty());
+}
+
+#[test]
+fn a_file_that_several_share_is_built_once() {
+    let fleet = Fleet::new();
+    for file in ["a.toml", "b.toml"] {
+        let path = fleet.path("vms").join(file);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let build = "['sh', '-c', 'echo built >> log; cp ../silent built']";
+        let text = format!("boot.kernel = {{ path = 'built', build = {build} }}\n");
+        fs::write(path, text).unwrap();
+    }
+    let (code, out, err) = fleet.up(&["--all", "vms"]);
+    assert_eq!(
+        (code, &*out),
+        (0, &["a runs", "b runs"].map(str::to_owned)[..]),
+        "{err}"
+    );
+    assert_eq!(
+        fs::read_to_string(fleet.path("vms/log")).unwrap(),
+        "built\n"
+    );
+}
+
+#[test]
+fn none_starts_if_a_file_of_one_is_another_than_it_says() {
+    let fleet = Fleet::new();
+    fleet.vm("a.toml", "up", "");
+    let digest = "0".repeat(64);
+    let text = format!("boot.kernel = {{ path = '../up', sha256 = '{digest}' }}\n");
+    fs::write(fleet.path("vms/b.toml"), text).unwrap();
+    let (code, out, err) = fleet.up(&["--all", "vms"]);
+    assert_eq!((code, out.len()), (2, 0));
+    assert!(err.contains(&digest), "{err}");
     assert!(fleet.running().is_empty());
 }
 

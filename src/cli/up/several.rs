@@ -12,7 +12,7 @@ use super::detach;
 use crate::cli::output::{complain, print};
 use crate::config::{self, Vm};
 use crate::control::Place;
-use crate::{Error, Result, exit};
+use crate::{Error, Result, exit, lock, sources};
 
 /// Starts the VMs of these files, and says of each when it runs, or is up. The exit code is that
 /// of the first in their order that failed.
@@ -30,6 +30,9 @@ pub(super) fn start(up: &Up, files: &[PathBuf]) -> Result<u8> {
         return Ok(exit::USAGE);
     };
     each_has_its_place(&vms)?;
+    if let Some(code) = unready(up, &vms) {
+        return Ok(code);
+    }
     let slots = Slots::new(thread::available_parallelism().map_or(2, |cpus| cpus.get() * 2));
     let (ended, ends) = mpsc::channel();
     let mut codes = vec![exit::DONE; vms.len()];
@@ -97,6 +100,22 @@ fn each_has_its_place(vms: &[Vm]) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// Fetches and builds what is not there, one file after the other, as VMs may share them, and
+/// compares what is. The exit code of the first error, all of which are shown.
+fn unready(up: &Up, vms: &[Vm]) -> Option<u8> {
+    let ready = |vm| {
+        sources::ensure(vm)?;
+        sources::verify(vm)?;
+        if up.locked { lock::check(vm) } else { Ok(()) }
+    };
+    let mut code = None;
+    for error in vms.iter().filter_map(|vm| ready(vm).err()) {
+        complain(&format!("{error}\n"));
+        code.get_or_insert(error.exit);
+    }
+    code
 }
 
 /// Why a VM is not up.
