@@ -25,6 +25,7 @@ mod guest;
 mod hang;
 mod kills;
 mod lifecycle;
+mod machine;
 mod outer;
 mod qcow2;
 mod resize;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         kills::CASES,
         resize::CASES,
         control::CASES,
+        machine::CASES,
     ]
     .concat();
     let cases = options.select(&all);
