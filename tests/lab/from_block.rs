@@ -32,11 +32,11 @@ fn disk(folder: &Folder, name: &str) {
     .unwrap();
     folder.host(
         "/sbin/mke2fs",
-        &["-q", "-t", "ext4", "-d", "tree", "root", "160M"],
+        &["-q", "-t", "ext4", "-d", "tree", "root", "96M"],
     );
     fs::remove_dir_all(folder.path("tree")).unwrap();
-    folder.image(name, 162 << 20);
-    let table = "label: gpt\nstart=2048, size=327680\n";
+    folder.image(name, 98 << 20);
+    let table = "label: gpt\nstart=2048, size=196608\n";
     folder.write("table", table);
     let mut sfdisk = std::process::Command::new("/sbin/sfdisk")
         .args(["--quiet", name])
@@ -66,12 +66,9 @@ fn toml(disk: &str) -> String {
 fn boots_the_kernel_of_a_partition_whose_root_it_names() {
     let folder = Folder::new();
     disk(&folder, "disk.img");
-    // The test guest switches to what `root=` names, and this one has no init: it says so.
-    let mut vm = folder.up(&toml("path = \"disk.img\"\nroot = true"));
-    vm.wait_for("switch_root");
-    drop(vm);
-    let mut vm =
-        folder.up(&toml("path = \"disk.img\"\nroot = true").replace("quiet", "quiet root="));
+    // The test guest switches to what the last `root=` names: to nothing.
+    let toml = toml("path = \"disk.img\"\nroot = true").replace("quiet", "quiet root=");
+    let mut vm = folder.up(&toml);
     vm.ready();
     let line = vm.run("cat /proc/cmdline");
     assert!(line.contains("root=/dev/vda1 rw"), "{line}");
@@ -136,8 +133,7 @@ fn boots_after_the_guest_was_killed_in_the_midst_of_writing() {
     vm.run(
         "mv /mnt/boot/initrd.img-6.1.0-9 /mnt/boot/initrd.img-6.1.0-10 && sync && rm -r /mnt/many",
     );
-    let answer = folder.ordered(&["reboot", "vm.toml"]);
-    assert!(answer.is_empty() || answer.contains("reset"), "{answer}");
+    folder.ordered(&["reboot", "vm.toml"]);
     vm.ready();
     vm.run("mkdir -p /mnt && mount -t ext4 /dev/vda1 /mnt && test -e /mnt/boot/vmlinuz-6.1.0-10");
     vm.power_off();
