@@ -337,3 +337,29 @@ fn show_needs_a_path_that_is_text() {
         "error: the path of vm.toml is not UTF-8, which TOML and JSON are\n"
     );
 }
+
+#[test]
+fn a_file_that_others_of_a_folder_extend_need_be_no_vm_for_up_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    write("base.toml", "memory = \"64MiB\"\n");
+    write("half.toml", "extends = \"base.toml\"\ncpus = 1\n");
+    for name in ["a.toml", "b.toml"] {
+        write(name, "extends = \"half.toml\"\nboot.kernel = \"none\"\n");
+    }
+    let (code, _, err) = run(folder.path(), &["up", "--all", "."]);
+    assert_ne!(code, 0);
+    assert!(
+        !err.contains("base.toml") && !err.contains("half.toml"),
+        "{err}"
+    );
+    // One that nobody extends is to be a VM.
+    write("c.toml", "cpus = 1\n");
+    let (code, _, err) = run(folder.path(), &["up", "--all", "."]);
+    assert_eq!(code, 2);
+    assert_eq!(err.matches("error: ").count(), 1, "{err}");
+    assert!(
+        err.starts_with("error: `kernel` is missing") && err.contains("c.toml"),
+        "{err}"
+    );
+}

@@ -74,7 +74,7 @@ the file that wrote it for its paths; those of `--set` are relative to the curre
 be taken away: a value that is to be its default again is written out.
 
 A file that others extend need not be a whole VM: what is missing is missed in the whole, and
-reported at the VM's own file.
+reported at the VM's own file. `launcher up --all` passes it over.
 ";
 
 /// A cell of a table.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use annotate_snippets::Renderer;
@@ -12,7 +13,7 @@ use toml::de::{DeTable, DeValue};
 use super::diagnostic::{self, Diagnostic};
 use super::lines::Lines;
 use super::resolved::Origin;
-use super::texts::Texts;
+use super::texts::{Text, Texts};
 
 /// The texts that a VM was read from, and where in them each key has its value. A key is named by
 /// its path in the whole: `memory`, `boot.kernel`, `block.0.size`.
@@ -62,6 +63,11 @@ impl Places {
     ) -> String {
         let diagnostic = Diagnostic::value(self.find(key), message).help(help);
         diagnostic::render(&self.texts, vec![diagnostic], 0, renderer)
+    }
+
+    /// The files that the VM was read from, its own first.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.texts.iter().filter_map(Text::path)
     }
 
     /// Where the value of a key was written; `None` if it was not.
@@ -186,8 +192,6 @@ impl fmt::Debug for Places {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     const TEXT: &str = "boot.kernel = 'k'\n[[block]]\npath = 'a.img'\n[[block]]\npath = 'b.x'\n\

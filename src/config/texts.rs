@@ -21,24 +21,25 @@ pub(super) struct Text {
     pub(super) text: String,
     /// Where it begins among all.
     start: usize,
-    /// Whether it is a file.
-    is_file: bool,
+    /// The file that it is, if it is one.
+    path: Option<PathBuf>,
 }
 
 impl Texts {
     /// Adds a file.
     pub(super) fn file(&mut self, path: &Path, text: String) {
         let folder = path.parent().unwrap_or(Path::new("")).to_owned();
-        self.push(path.display().to_string(), folder, text, true);
+        let name = path.display().to_string();
+        self.push(name, folder, text, Some(path.to_owned()));
     }
 
     /// Adds an argument of `--set`, whose paths are relative to `folder`.
     pub(super) fn set(&mut self, argument: &str, folder: &Path) {
         let (name, folder) = (SET.to_owned(), folder.to_owned());
-        self.push(name, folder, argument.to_owned(), false);
+        self.push(name, folder, argument.to_owned(), None);
     }
 
-    fn push(&mut self, name: String, folder: PathBuf, text: String, is_file: bool) {
+    fn push(&mut self, name: String, folder: PathBuf, text: String, path: Option<PathBuf>) {
         // One offset lies between two texts: the end of one is not the start of the next.
         let start = self.0.last().map_or(0, |last| last.end() + 1);
         self.0.push(Text {
@@ -46,7 +47,7 @@ impl Texts {
             folder,
             text,
             start,
-            is_file,
+            path,
         });
     }
 
@@ -101,7 +102,12 @@ impl Text {
 
     /// Whether it is a file, rather than an argument.
     pub(super) fn is_file(&self) -> bool {
-        self.is_file
+        self.path.is_some()
+    }
+
+    /// The file that it is, if it is one.
+    pub(super) fn path(&self) -> Option<&Path> {
+        self.path.as_deref()
     }
 }
 

@@ -1,7 +1,7 @@
 //! `launcher up` of several VMs: all are looked at before the first starts, then each runs in a
 //! process of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -70,17 +70,27 @@ pub(super) fn start(up: &Up, files: &[PathBuf]) -> Result<u8> {
 
 /// Reads all files; after an error in any, which is shown, `None`.
 fn loaded(up: &Up, files: &[PathBuf]) -> Option<Vec<Vm>> {
-    let mut vms = Some(Vec::new());
+    let choice = up.chosen.choice();
+    let (mut vms, mut wrong) = (Vec::new(), Vec::new());
     for file in files {
-        match config::load(file, &up.chosen.choice()) {
-            Ok(vm) => vms = vms.map(|vms| [vms, vec![vm]].concat()),
-            Err(error) => {
-                complain(&format!("{error}\n"));
-                vms = None;
-            }
+        match config::load(file, &choice) {
+            Ok(vm) => vms.push(vm),
+            Err(error) => wrong.push((file, error)),
         }
     }
-    vms
+    if up.all.is_some() {
+        // What others extend need not be a VM by itself; what is wrong in it, is so in them.
+        let read: Vec<_> = vms.iter().flat_map(|vm| vm.places.files()).collect();
+        let read: BTreeSet<_> = read
+            .iter()
+            .filter_map(|it| it.canonicalize().ok())
+            .collect();
+        wrong.retain(|(file, _)| !file.canonicalize().is_ok_and(|file| read.contains(&file)));
+    }
+    for (_, error) in &wrong {
+        complain(&format!("{error}\n"));
+    }
+    wrong.is_empty().then_some(vms)
 }
 
 /// No two have the same name, and with it the same socket and logs.
