@@ -38,7 +38,7 @@ run a VM is a profile of it. What is for this once is set on the command line:
 
 ```toml
 # vm.toml
-extends = [\"../base.toml\"]        # laid over these, the later over the earlier
+extends = [\"../base.toml\"]         # laid over these, the later over the earlier
 cpus = 4
 
 [[block]]                          # the disk of base.toml with this id, changed
@@ -69,9 +69,10 @@ launcher config show vm.toml -p ci # what holds, and which line of which file sa
 
 At each step tables merge key by key, and so does the table of a disk's format. A `[[block]]` with the
 `id` of one that is there changes that one in its place; any other is a further disk. Every other
-value replaces the one that was there, lists such as `backing` as well. A value keeps the folder of
-the file that wrote it for its paths; those of `--set` are relative to the current folder. Nothing can
-be taken away: a value that is to be its default again is written out.
+value replaces the one that was there: also lists such as `backing`, and a kernel or initrd with all
+that its table says of it. A value keeps the folder of the file that wrote it for its paths; those of
+`--set` are relative to the current folder. Nothing can be taken away: a value that is to be its
+default again is written out.
 
 A file that others extend need not be a whole VM: what is missing is missed in the whole, and
 reported at the VM's own file. `launcher up --all` passes it over.
