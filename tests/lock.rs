@@ -175,3 +175,47 @@ fn a_folder_that_cannot_be_written_is_an_error() {
     assert_eq!(done.code, 2, "{done:?}");
     assert!(done.err.contains("vm.lock is a directory"), "{done:?}");
 }
+
+#[test]
+fn a_profile_has_a_lock_of_its_own() {
+    let place = Place::new("vm");
+    fs::write(
+        place.path("vm.toml"),
+        format!("{VM}[profile.big]\nmemory = \"2GiB\"\n"),
+    )
+    .unwrap();
+    place.launcher(&["lock"]);
+    let done = place.launcher(&["up", "--locked", "-p", "big"]);
+    assert_eq!(
+        (done.code, &*done.err),
+        (
+            2,
+            "error: vm.toml has no lock file: vm@big.lock is not there\nhelp: write it with \
+             `launcher lock -p big vm.toml`\n"
+        )
+    );
+    let done = place.launcher(&["lock", "-p", "big"]);
+    assert_eq!((done.code, &*done.out), (0, "wrote vm@big.lock\n"));
+    let text = fs::read_to_string(place.path("vm@big.lock")).unwrap();
+    assert!(
+        text.contains("`launcher lock -p big vm.toml` renews it.\n"),
+        "{text}"
+    );
+    assert!(text.contains("memory = \"2GiB\"\n"), "{text}");
+    for arguments in [&["lock", "--check"][..], &["lock", "--check", "-p", "big"]] {
+        assert_eq!(place.launcher(arguments).code, 0);
+    }
+    // A value that is set is one of the file's.
+    let done = place.launcher(&["lock", "--check", "--set", "memory=3GiB"]);
+    assert_eq!(done.code, 2);
+    assert!(
+        done.err
+            .contains("\n  memory\n    locked  512MiB\n    found   3GiB\n"),
+        "{done:?}"
+    );
+    assert!(
+        done.err
+            .contains("`launcher lock --set memory=3GiB vm.toml`"),
+        "{done:?}"
+    );
+}

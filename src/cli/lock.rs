@@ -4,8 +4,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::choice::Chosen;
 use super::output::{complain, print};
-use crate::{Result, config, exit, lock};
+use crate::lock::{self, Place};
+use crate::{Result, config, exit};
 
 /// Lock what a VM boots from, and the machine its guest finds
 ///
@@ -14,7 +16,8 @@ use crate::{Result, config, exit, lock};
 /// format and size of the others, vCPUs, memory, the kernel's command line, what is at each PCI
 /// address, and the digests of the ACPI tables and of the PCI configuration spaces. Check it in:
 /// `launcher up --locked` then boots the same VM everywhere, or says what differs. docs/lock.md
-/// says what counts as a difference.
+/// says what counts as a difference. A VM with profiles is another VM, with a lock of its own:
+/// `vm@NAME.lock`.
 #[derive(Args)]
 #[command(after_help = "Examples:\n  launcher lock vm.toml\n  launcher lock --check vm.toml")]
 pub(super) struct Lock {
@@ -24,29 +27,32 @@ pub(super) struct Lock {
     /// said. Nothing is executed or fetched
     #[arg(long)]
     check: bool,
+    #[command(flatten)]
+    chosen: Chosen,
 }
 
 impl Lock {
     pub(super) fn run(self) -> Result<u8> {
-        let vm = config::load(&super::file(self.vm), &config::Choice::default())?;
-        let place = lock::place(&vm.file)?;
-        let (file, place) = (vm.file.display(), place.display());
+        let choice = self.chosen.choice();
+        let vm = config::load(&super::file(self.vm), &choice)?;
+        let place = Place::of(&vm.file, &choice)?;
+        let (file, shown) = (vm.file.display(), place.lock.display());
         if !self.check {
-            let what = match lock::write(&vm)? {
-                true => format!("wrote {place}\n"),
-                false => format!("{place} is up to date\n"),
+            let what = match lock::write(&vm, &place)? {
+                true => format!("wrote {shown}\n"),
+                false => format!("{shown} is up to date\n"),
             };
             print(&what)?;
             return Ok(exit::DONE);
         }
-        let drift = lock::compare(&vm)?;
+        let drift = lock::compare(&vm, &place)?;
         if !drift.is_none() {
-            return Err(drift.error(&vm));
+            return Err(drift.error(&place));
         }
         if let Some(note) = drift.note() {
             complain(&format!("note: {note}"));
         }
-        print(&format!("{file}: as {place} has it\n"))?;
+        print(&format!("{file}: as {shown} has it\n"))?;
         Ok(exit::DONE)
     }
 }

@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use clap::Args;
 use formats::Ring;
 
+use super::choice::Chosen;
 use super::output::{print, rough, table};
 use super::target::Target;
 use super::up;
 use crate::config::Vm;
-use crate::control::{Laid, Place};
+use crate::control::Place;
 use crate::reset::{Exchange, Overlay, Plan};
 use crate::{Error, Result, exit};
 
@@ -29,6 +30,8 @@ pub(super) struct Reset {
     /// snapshots: these were made to be kept, and go too
     #[arg(short, long)]
     yes: bool,
+    #[command(flatten)]
+    chosen: Chosen,
 }
 
 impl Reset {
@@ -41,10 +44,10 @@ impl Reset {
             error.exit = exit::ALREADY_RUNNING;
             return Err(error);
         }
-        let vm = target.config()?;
+        let vm = target.config_with(&self.chosen.choice())?;
         // Nobody starts it meanwhile.
         let place = Place::of(vm.named.then_some(&*vm.name), &vm.file)?;
-        let _claim = place.claim(&up::owner(&vm, Laid::default()))?;
+        let _claim = place.claim(&up::owner(&vm, self.chosen.laid()))?;
         let plans = plans(&vm)?;
         print(&shown(&plans))?;
         let overlays: Vec<_> = plans

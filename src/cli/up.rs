@@ -95,20 +95,26 @@ impl Up {
         }
     }
 
+    /// With --locked, refuses a VM that is not as its lock has it.
+    fn check_lock(&self, vm: &Vm) -> Result<()> {
+        match self.locked {
+            true => lock::check(vm, &lock::Place::of(&vm.file, &self.chosen.choice())?),
+            false => Ok(()),
+        }
+    }
+
     /// Runs the VM in this process.
     fn stay(self) -> Result<u8> {
         let engine = engine()?;
         let ready = self.ready.map(Ready::inherited).transpose()?;
-        let file = super::file(self.vm.into_iter().next());
+        let file = super::file(self.vm.first().cloned());
         let mut vm = config::load(&file, &self.chosen.choice())?;
         if let Some(name) = &self.name {
             vm.rename(name)?;
         }
         sources::ensure(&vm)?;
         sources::verify(&vm)?;
-        if self.locked {
-            lock::check(&vm)?;
-        }
+        self.check_lock(&vm)?;
         if self.ephemeral {
             // After the check: the lock is of what the file says.
             vm.drop_what_is_written();

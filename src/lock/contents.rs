@@ -1,10 +1,10 @@
 //! What a lock file says.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::Place;
 use super::gather::Missing;
 use super::text::{bytes, hex, maybe_bytes, maybe_hex};
 use crate::config::{self, Vm};
@@ -97,25 +97,24 @@ impl Lock {
         }
     }
 
-    /// Reads the lock of the VM's file `of`.
+    /// Reads the lock of a VM.
     ///
     /// # Errors
     ///
     /// It is not there, not readable as a lock, or of another version.
-    pub(super) fn read(place: &Path, of: &Path) -> Result<Lock> {
-        let (shown, vm) = (place.display(), of.display());
-        if !place.exists() {
+    pub(super) fn read(place: &Place) -> Result<Lock> {
+        let (shown, vm, command) = (place.lock.display(), place.vm.display(), place.command());
+        if !place.lock.exists() {
             return Err(
                 Error::usage(format!("{vm} has no lock file: {shown} is not there"))
-                    .help(format!("write it with `launcher lock {vm}`")),
+                    .help(format!("write it with `{command}`")),
             );
         }
         let damaged = |why: String| {
-            Error::usage(format!("{shown} is no lock file: {why}")).help(format!(
-                "restore it, or write it anew with `launcher lock {vm}`"
-            ))
+            Error::usage(format!("{shown} is no lock file: {why}"))
+                .help(format!("restore it, or write it anew with `{command}`"))
         };
-        let bytes = config::text(place)?;
+        let bytes = config::text(&place.lock)?;
         let text = std::str::from_utf8(&bytes).map_err(|_| damaged("it is no text".into()))?;
         let at = |error: toml::de::Error| {
             let line = error.span().map(|span| {
@@ -132,7 +131,7 @@ impl Lock {
                 "{shown} has `version` {version}, expected {VERSION}"
             ))
             .help(format!(
-                "another launcher wrote it: use that one, or write it anew with `launcher lock {vm}`"
+                "another launcher wrote it: use that one, or write it anew with `{command}`"
             ))),
             None => Err(damaged("it has no `version`".into())),
         }
@@ -143,13 +142,14 @@ impl Lock {
     /// # Errors
     ///
     /// It cannot be expressed as TOML.
-    pub(super) fn text(&self, vm: &Vm) -> Result<String> {
-        let name = vm.file.file_name().unwrap_or_default().to_string_lossy();
+    pub(super) fn text(&self, place: &Place) -> Result<String> {
+        let name = place.vm.file_name().unwrap_or_default().to_string_lossy();
         let name: String = name.chars().filter(|c| !c.is_control()).collect();
+        let command = place.command_there();
         let body = toml::to_string(self)
             .map_err(|error| Error::failed(format!("cannot write a lock file: {error}")))?;
         Ok(format!(
-            "# What {name} boots, and the machine its guest finds. `launcher lock {name}` renews \
+            "# What {name} boots, and the machine its guest finds. `{command}` renews \
              it.\n\n{body}"
         ))
     }

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::fmt::{Display, Write};
 
+use super::Place;
 use super::contents::{Disk, Input, Lock};
 use super::gather::Missing;
-use super::place;
 use crate::config::{Vm, size};
 use crate::{Error, Result};
 
@@ -86,12 +86,8 @@ impl Drift {
     }
 
     /// All that differs, for the user.
-    pub(crate) fn error(&self, vm: &Vm) -> Error {
-        let file = vm.file.display();
-        let lock = match place(&vm.file) {
-            Ok(place) => place.display().to_string(),
-            Err(_) => "its lock".to_owned(),
-        };
+    pub(crate) fn error(&self, place: &Place) -> Error {
+        let (file, lock) = (place.vm.display(), place.lock.display());
         let mut message = match self.differences.len() {
             1 => format!("{file} is not as {lock} has it: 1 difference"),
             count => format!("{file} is not as {lock} has it: {count} differences"),
@@ -110,8 +106,9 @@ impl Drift {
             );
         }
         Error::usage(message).help(format!(
-            "if that is what you want, renew the lock with `launcher lock {file}`; else put back \
-             what was locked"
+            "if that is what you want, renew the lock with `{}`; else put back what was \
+             locked",
+            place.command()
         ))
     }
 

@@ -6,33 +6,17 @@ mod chain;
 mod contents;
 mod drift;
 mod gather;
+mod place;
 mod text;
-
-use std::path::{Path, PathBuf};
 
 use crate::config::Vm;
 use crate::{Error, Result, config, durable};
 
 pub(crate) use drift::Drift;
+pub(crate) use place::Place;
 
 use contents::Lock;
 use drift::Found;
-
-/// Where the lock of a VM's file is.
-///
-/// # Errors
-///
-/// The file has the name that its lock would have.
-pub(crate) fn place(file: &Path) -> Result<PathBuf> {
-    let place = file.with_extension("lock");
-    match place == file {
-        true => {
-            let message = format!("{} has the name of a lock file", file.display());
-            Err(Error::usage(message).help("give the VM's file the extension .toml"))
-        }
-        false => Ok(place),
-    }
-}
 
 /// Writes the lock of a VM: atomically, in the place of an older one. Whether anything in it is
 /// new.
@@ -40,14 +24,13 @@ pub(crate) fn place(file: &Path) -> Result<PathBuf> {
 /// # Errors
 ///
 /// A file that the VM is made of cannot be read, or the lock cannot be written.
-pub(crate) fn write(vm: &Vm) -> Result<bool> {
-    let place = place(&vm.file)?;
-    let text = Lock::of(vm)?.text(vm)?;
-    if config::text(&place).is_ok_and(|old| old == text.as_bytes()) {
+pub(crate) fn write(vm: &Vm, place: &Place) -> Result<bool> {
+    let text = Lock::of(vm)?.text(place)?;
+    if config::text(&place.lock).is_ok_and(|old| old == text.as_bytes()) {
         return Ok(false);
     }
-    durable::replace(&place, &text).map_err(|error| {
-        Error::failed(format!("cannot write {}: {error}", place.display()))
+    durable::replace(&place.lock, &text).map_err(|error| {
+        Error::failed(format!("cannot write {}: {error}", place.lock.display()))
             .help("the lock is kept beside the VM's file; check that folder and its disk")
     })?;
     Ok(true)
@@ -58,9 +41,8 @@ pub(crate) fn write(vm: &Vm) -> Result<bool> {
 /// # Errors
 ///
 /// There is no lock, or it is not readable as one. What has drifted is no error here.
-pub(crate) fn compare(vm: &Vm) -> Result<Drift> {
-    let place = place(&vm.file)?;
-    let lock = Lock::read(&place, &vm.file)?;
+pub(crate) fn compare(vm: &Vm, place: &Place) -> Result<Drift> {
+    let lock = Lock::read(place)?;
     Ok(Drift::between(&lock, Found::of(vm)?))
 }
 
@@ -69,11 +51,11 @@ pub(crate) fn compare(vm: &Vm) -> Result<Drift> {
 /// # Errors
 ///
 /// As [`compare`]; or something has drifted: all of it is said (exit code 2).
-pub(crate) fn check(vm: &Vm) -> Result<()> {
-    let drift = compare(vm)?;
+pub(crate) fn check(vm: &Vm, place: &Place) -> Result<()> {
+    let drift = compare(vm, place)?;
     match drift.is_none() {
         true => Ok(()),
-        false => Err(drift.error(vm)),
+        false => Err(drift.error(place)),
     }
 }
 

@@ -1,4 +1,5 @@
 use std::fs;
+use std::path::PathBuf;
 
 use tempfile::TempDir;
 
@@ -28,11 +29,11 @@ ephemeral = true
 "#;
 
 /// A folder with a VM and all its files.
-struct Place(TempDir);
+struct Folder(TempDir);
 
-impl Place {
-    fn new() -> Place {
-        let place = Place(tempfile::tempdir().unwrap());
+impl Folder {
+    fn new() -> Folder {
+        let place = Folder(tempfile::tempdir().unwrap());
         place.put("vm.toml", VM);
         fs::create_dir(place.path("boot")).unwrap();
         for name in [
@@ -67,14 +68,18 @@ impl Place {
         config::load(&self.path("vm.toml"), &Default::default()).unwrap()
     }
 
+    fn place(&self) -> Place {
+        Place::of(&self.path("vm.toml"), &Default::default()).unwrap()
+    }
+
     fn lock(&self) -> String {
-        write(&self.vm()).unwrap();
+        write(&self.vm(), &self.place()).unwrap();
         fs::read_to_string(self.path("vm.lock")).unwrap()
     }
 
     /// What a check says, without the folder's name; `Ok` is that nothing has drifted.
     fn check(&self) -> Result<(), String> {
-        check(&self.vm()).map_err(|error| {
+        check(&self.vm(), &self.place()).map_err(|error| {
             assert_eq!(error.exit, 2);
             self.plain(&error)
         })
@@ -117,7 +122,7 @@ fn one(title: &str, locked: &str, found: &str) -> Vec<(String, String, String)> 
 
 #[test]
 fn a_lock_is_made_to_be_read() {
-    let text = Place::new().lock();
+    let text = Folder::new().lock();
     let [acpi, pci] = ["acpi_tables", "pci_config"].map(|key| {
         let start = format!("{key} = \"");
         let line = text.lines().find(|line| line.starts_with(&start)).unwrap();
@@ -214,15 +219,15 @@ sha256 = "{scratch}"
 
 #[test]
 fn a_lock_is_the_same_wherever_the_vm_lies() {
-    assert_eq!(Place::new().lock(), Place::new().lock());
+    assert_eq!(Folder::new().lock(), Folder::new().lock());
 }
 
 #[test]
 fn what_is_locked_is_as_it_was() {
-    let place = Place::new();
+    let place = Folder::new();
     place.lock();
     assert_eq!(place.check(), Ok(()));
-    assert!(!write(&place.vm()).unwrap());
+    assert!(!write(&place.vm(), &place.place()).unwrap());
 }
 
 #[test]
@@ -234,7 +239,7 @@ fn every_file_that_the_vm_does_not_write_is_locked() {
         ("base.img", "block.1.backing.0 (base.img), sha256"),
         ("scratch.img", "block.3.path (scratch.img), sha256"),
     ] {
-        let place = Place::new();
+        let place = Folder::new();
         place.lock();
         place.put(name, "another");
         assert_eq!(place.drift(), one(title, &sha256(name), &sha256("another")));
@@ -248,7 +253,7 @@ fn every_file_that_the_vm_does_not_write_is_locked() {
 
 #[test]
 fn what_the_vm_writes_may_have_any_content() {
-    let place = Place::new();
+    let place = Folder::new();
     place.lock();
     place.put("data.img", &"y".repeat(4096));
     assert_eq!(place.check(), Ok(()));
@@ -256,7 +261,7 @@ fn what_the_vm_writes_may_have_any_content() {
 
 #[test]
 fn an_image_that_has_grown_is_no_drift_and_one_that_has_shrunk_is() {
-    let place = Place::new();
+    let place = Folder::new();
     place.lock();
     place.put("data.img", &"x".repeat(8192));
     assert_eq!(place.check(), Ok(()));
@@ -272,7 +277,7 @@ fn an_image_that_has_grown_is_no_drift_and_one_that_has_shrunk_is() {
 
 #[test]
 fn a_size_in_the_vm_s_file_is_what_counts() {
-    let place = Place::new();
+    let place = Folder::new();
     place.lock();
     // The overlay is created at the next start.
     assert!(!place.path("overlay.qcow2").exists());
@@ -287,7 +292,7 @@ fn a_size_in_the_vm_s_file_is_what_counts() {
 
 #[test]
 fn what_the_guest_sees_is_locked() {
-    let place = Place::new();
+    let place = Folder::new();
     place.lock();
     place.edit("memory = \"1GiB\"", "memory = \"2GiB\"");
     assert_eq!(place.drift(), one("memory", "1GiB", "2GiB"));
@@ -335,7 +340,7 @@ fn what_the_guest_sees_is_locked() {
 
 #[test]
 fn a_path_that_is_another_is_no_drift() {
-    let place = Place::new();
+    let place = Folder::new();
     place.lock();
     fs::rename(place.path("vmlinuz"), place.path("kernel")).unwrap();
     place.edit("\"vmlinuz\"", "\"kernel\"");
@@ -344,7 +349,7 @@ fn a_path_that_is_another_is_no_drift() {
 
 #[test]
 fn all_that_has_drifted_is_said_at_once() {
-    let place = Place::new();
+    let place = Folder::new();
     place.lock();
     place.put("vmlinuz", "new");
     place.put("base.img", "new");
@@ -365,24 +370,27 @@ fn all_that_has_drifted_is_said_at_once() {
 
 #[test]
 fn a_lock_of_another_launcher_with_the_same_machine_is_no_drift() {
-    let place = Place::new();
+    let place = Folder::new();
     let text = place.lock();
     let own = env!("CARGO_PKG_VERSION");
     place.put("vm.lock", &text.replace(own, "9.0.1"));
     assert_eq!(place.check(), Ok(()));
-    let note = compare(&place.vm()).unwrap().note().unwrap();
+    let note = compare(&place.vm(), &place.place())
+        .unwrap()
+        .note()
+        .unwrap();
     assert_eq!(
         note,
         format!("launcher 9.0.1 wrote the lock, this is {own}: the machine is the same")
     );
     place.put("vm.lock", &text);
-    assert_eq!(compare(&place.vm()).unwrap().note(), None);
+    assert_eq!(compare(&place.vm(), &place.place()).unwrap().note(), None);
 }
 
 #[test]
 fn without_a_lock_the_command_that_writes_it_is_said() {
     assert_eq!(
-        Place::new().check().unwrap_err(),
+        Folder::new().check().unwrap_err(),
         "error: vm.toml has no lock file: vm.lock is not there\nhelp: write it with `launcher \
          lock vm.toml`"
     );
@@ -390,7 +398,7 @@ fn without_a_lock_the_command_that_writes_it_is_said() {
 
 #[test]
 fn a_lock_of_another_version_is_refused() {
-    let place = Place::new();
+    let place = Folder::new();
     let text = place.lock();
     place.put("vm.lock", &text.replace("version = 1", "version = 2"));
     assert_eq!(
@@ -402,7 +410,7 @@ fn a_lock_of_another_version_is_refused() {
 
 #[test]
 fn a_damaged_lock_is_refused_with_its_line() {
-    let place = Place::new();
+    let place = Folder::new();
     let text = place.lock();
     for (from, to, why) in [
         ("version = 1\n", "", "it has no `version`"),
@@ -449,7 +457,7 @@ fn a_damaged_lock_is_refused_with_its_line() {
 
 #[test]
 fn a_lock_cut_short_anywhere_is_an_error_or_drift_and_never_a_panic() {
-    let place = Place::new();
+    let place = Folder::new();
     let text = place.lock();
     for end in (0..text.trim_end().len()).step_by(7) {
         place.put("vm.lock", &text[..end]);
@@ -459,9 +467,9 @@ fn a_lock_cut_short_anywhere_is_an_error_or_drift_and_never_a_panic() {
 
 #[test]
 fn a_file_that_is_missing_is_no_lock() {
-    let place = Place::new();
+    let place = Folder::new();
     fs::remove_file(place.path("base.img")).unwrap();
-    let error = write(&place.vm()).unwrap_err();
+    let error = write(&place.vm(), &place.place()).unwrap_err();
     let said = place.plain(&error);
     assert!(
         said.starts_with("error: cannot open base.img: No such file or directory\n"),
@@ -473,7 +481,7 @@ fn a_file_that_is_missing_is_no_lock() {
 
 #[test]
 fn a_folder_that_is_the_initrd_is_locked_with_all_that_is_in_it() {
-    let place = Place::new();
+    let place = Folder::new();
     place.edit("boot/initrd.img", "boot");
     place.lock();
     assert_eq!(place.check(), Ok(()));
@@ -483,7 +491,7 @@ fn a_folder_that_is_the_initrd_is_locked_with_all_that_is_in_it() {
 
 #[test]
 fn a_file_that_is_yet_to_be_fetched_is_locked_by_its_digest() {
-    let place = Place::new();
+    let place = Folder::new();
     let digest = sha256("a kernel from afar");
     place.edit(
         "kernel = \"vmlinuz\"",
@@ -495,21 +503,8 @@ fn a_file_that_is_yet_to_be_fetched_is_locked_by_its_digest() {
     assert_eq!(place.check(), Ok(()));
 }
 
-#[test]
-fn a_vm_s_file_that_has_the_name_of_its_lock_is_refused() {
-    let error = super::place(Path::new("a/vm.lock")).unwrap_err();
-    assert_eq!(
-        (error.exit, error.message()),
-        (2, "a/vm.lock has the name of a lock file")
-    );
-    assert_eq!(
-        super::place(Path::new("a/web.toml")).unwrap(),
-        Path::new("a/web.lock")
-    );
-}
-
 /// A chain of qcow2 images: the top one, a middle, and a raw base.
-fn chain(place: &Place, backing: &str) {
+fn chain(place: &Folder, backing: &str) {
     let image = |name: &str, under: &str| {
         let _ = fs::remove_file(place.path(name));
         let image = formats::Image {
@@ -532,7 +527,7 @@ fn chain(place: &Place, backing: &str) {
 
 #[test]
 fn a_chain_of_images_is_locked_to_its_end() {
-    let place = Place::new();
+    let place = Folder::new();
     chain(&place, "['middle.qcow2', 'base.img']");
     let text = place.lock();
     assert!(text.contains("path = \"middle.qcow2\"\n") && text.contains("path = \"base.img\"\n"));
@@ -543,11 +538,11 @@ fn a_chain_of_images_is_locked_to_its_end() {
 
 #[test]
 fn a_file_of_a_chain_that_is_not_named_is_refused() {
-    let place = Place::new();
+    let place = Folder::new();
     chain(&place, "['middle.qcow2', 'base.img']");
     place.lock();
     chain(&place, "['middle.qcow2']");
-    let error = write(&place.vm()).unwrap_err();
+    let error = write(&place.vm(), &place.place()).unwrap_err();
     let said = place.plain(&error);
     assert!(
         said.starts_with(

@@ -12,7 +12,7 @@ use super::detach;
 use crate::cli::output::{complain, print};
 use crate::config::{self, Vm};
 use crate::control::Place;
-use crate::{Error, Result, exit, lock, sources};
+use crate::{Error, Result, exit, sources};
 
 /// Starts the VMs of these files, and says of each when it runs, or is up. The exit code is that
 /// of the first in their order that failed.
@@ -118,7 +118,7 @@ fn unready(up: &Up, vms: &[Vm]) -> Option<u8> {
     let ready = |vm| {
         sources::ensure(vm)?;
         sources::verify(vm)?;
-        if up.locked { lock::check(vm) } else { Ok(()) }
+        up.check_lock(vm)
     };
     let mut code = None;
     for error in vms.iter().filter_map(|vm| ready(vm).err()) {
