@@ -328,3 +328,35 @@ fn a_disk_with_a_kernel_of_its_own_is_booted_from() {
         assert_eq!(end, (0, String::new()));
     }
 }
+
+#[test]
+fn a_root_file_system_in_a_partition_is_named_to_the_kernel() {
+    let folder = Folder::new().kernel("vmlinuz").raw("disk.img");
+    folder.does(
+        "mkdir",
+        &[
+            "-p",
+            "tree/sbin",
+            "tree/etc",
+            "tree/bin",
+            "tree/usr",
+            "tree/dev",
+        ],
+    );
+    fs::write(folder.path("tree/sbin/init"), "").unwrap();
+    folder.does("mke2fs", &["-q", "-t", "ext4", "-d", "tree", "part", "8M"]);
+    let disk = File::options()
+        .write(true)
+        .open(folder.path("disk.img"))
+        .unwrap();
+    disk.set_len(10 << 20).unwrap();
+    folder.does(
+        "sh",
+        &["-c", "echo 'start=2048, type=83' | sfdisk --quiet disk.img"],
+    );
+    let part = fs::read(folder.path("part")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&disk, &part, 1 << 20).unwrap();
+    let vm = folder.written(&[]);
+    assert_eq!(vm.boot.cmdline, "root=/dev/vda1");
+    assert!(vm.block[0].root);
+}

@@ -31,7 +31,7 @@ pub(crate) use boot::tests::bare_kernel;
 pub use check::check;
 pub use run::run;
 pub use shape::{Device, Function, Shape, shape};
-pub use trial::{check_disk, check_kernel};
+pub use trial::{check_disk, check_kernel, root_parameter};
 
 /// How `launcher up` runs a VM, besides what its file says.
 #[derive(Clone, Debug, Default)]

@@ -35,6 +35,24 @@ pub fn check_disk(
     loads(&files, memory, "")
 }
 
+/// The kernel parameter that names the root file system of the disk `index`, if that is in a
+/// partition of it.
+///
+/// # Errors
+///
+/// The image cannot be opened or read.
+pub fn root_parameter(
+    image: &Image,
+    format: &'static Format,
+    index: usize,
+    engine: Engine,
+) -> Result<Option<String>> {
+    let disk = Blk::open(read_only(image.clone(), format, engine))?;
+    let partition = boot::image::root_of(&disk.handle(), &image.path)?;
+    let name = boot::disk_name(index);
+    Ok(partition.map(|number| format!("root=/dev/{name}{number}")))
+}
+
 /// An image that is only read, whoever has it.
 pub(super) fn read_only(image: Image, format: &'static Format, engine: Engine) -> BlkOptions {
     BlkOptions {

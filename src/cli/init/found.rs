@@ -155,12 +155,23 @@ impl Disk {
     /// Whether kernel and initrd of its file system boot in this much memory.
     pub(super) fn boots(&self, memory: u64) -> Result<()> {
         let format = disk::format_of(&self.path, Some(self.format), None)?;
-        let image = Image {
+        vm::check_disk(&self.image(), format, memory, up::engine()?)
+    }
+
+    /// The kernel parameter for a root file system in a partition of it, as disk `index`. One that
+    /// cannot be read has none: `launcher check` says why.
+    pub(super) fn root_parameter(&self, index: usize) -> Option<String> {
+        let format = disk::format_of(&self.path, Some(self.format), None).ok()?;
+        let engine = up::engine().ok()?;
+        vm::root_parameter(&self.image(), format, index, engine).ok()?
+    }
+
+    fn image(&self) -> Image {
+        Image {
             backing: self.backing.clone(),
             format_written: self.format_named,
             ..Image::new(&self.path)
-        };
-        vm::check_disk(&image, format, memory, up::engine()?)
+        }
     }
 }
 

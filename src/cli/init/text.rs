@@ -53,6 +53,15 @@ pub(super) fn text(dir: &Path, found: &Found, settings: &Settings) -> Result<Str
     if let Some(initrd) = &found.initrd {
         boot.push(path("initrd", dir, initrd)?);
     }
+    // Of the disk that is booted from, launcher finds the partition itself.
+    let root = super::root(found).filter(|_| !matches!(found.kernel, Kernel::Disk(_)));
+    let parameter = root.and_then(|index| found.disks[index].root_parameter(index));
+    if let Some(parameter) = parameter {
+        boot.push(Set {
+            note: Some("The root file system is in a partition of its disk."),
+            ..Set::new("cmdline", quoted(&parameter))
+        });
+    }
     let mut text = "# A VM: `launcher up` boots it, `launcher explain KEY` says more of a key. \
                     Lines in comments\n# are defaults, or examples where there is no default.\n"
         .to_owned();

@@ -27,7 +27,7 @@ pub(crate) fn generate(vm: &Vm, root_partition: Option<u32>) -> String {
 
 /// Name that Linux gives to virtio disk `index`: vda to vdz, then vdaa, as
 /// `virtblk_name_format` in drivers/block/virtio_blk.c counts.
-fn disk_name(index: usize) -> String {
+pub(crate) fn disk_name(index: usize) -> String {
     let mut letters = Vec::new();
     let mut rest = index;
     loop {

@@ -12,7 +12,7 @@ use std::path::Path;
 
 use vm_memory::{Bytes, GuestAddress};
 
-pub(crate) use cmdline::generate as cmdline;
+pub(crate) use cmdline::{disk_name, generate as cmdline};
 pub(crate) use files::BootFiles;
 use files::{BootFile, Part};
 pub(crate) use state::Entry;

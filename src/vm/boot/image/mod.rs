@@ -43,12 +43,7 @@ pub(crate) fn read(disk: &BlkHandle, block: &Block) -> Result<BootFiles> {
 
 /// As [`read`], of a disk that is described nowhere yet, and may have no root file system.
 pub(crate) fn read_alone(disk: &BlkHandle, path: &Path) -> Result<BootFiles> {
-    let image = Image {
-        shown: format!("`{}`", path.display()),
-        sector: 512,
-        root: false,
-    };
-    image.read_patiently(disk, STALLED)
+    Image::alone(path).patiently(disk, STALLED, Image::read)
 }
 
 fn read_patiently(disk: &BlkHandle, block: &Block, patience: Duration) -> Result<BootFiles> {
@@ -57,8 +52,15 @@ fn read_patiently(disk: &BlkHandle, block: &Block, patience: Duration) -> Result
         sector: block.block_size.into(),
         root: block.root,
     };
-    image.read_patiently(disk, patience)
+    image.patiently(disk, patience, Image::read)
 }
+
+/// Number of the partition with a root file system; `None` if that is the whole disk, or cannot be
+/// told. The disk is described nowhere yet.
+pub(crate) fn root_of(disk: &BlkHandle, path: &Path) -> Result<Option<u32>> {
+    Image::alone(path).patiently(disk, STALLED, Image::root)
+}
+
 const REPAIR: &str = "repair it with e2fsck, or name files of the host with `kernel` and `initrd`";
 
 /// A disk that is searched.
@@ -72,8 +74,21 @@ struct Image {
 }
 
 impl Image {
-    /// Reads it, as long as its reader asks for something new again and again.
-    fn read_patiently(self, disk: &BlkHandle, patience: Duration) -> Result<BootFiles> {
+    fn alone(path: &Path) -> Image {
+        Image {
+            shown: format!("`{}`", path.display()),
+            sector: 512,
+            root: false,
+        }
+    }
+
+    /// Reads something of it, as long as its reader asks for something new again and again.
+    fn patiently<T: Send + 'static>(
+        self,
+        disk: &BlkHandle,
+        patience: Duration,
+        read: fn(&Image, Window) -> Result<T>,
+    ) -> Result<T> {
         let watch = Arc::new(Watch::default());
         let (answer, answered) = mpsc::sync_channel(1);
         let (handle, watched) = (disk.clone(), Arc::clone(&watch));
@@ -83,7 +98,7 @@ impl Image {
         thread::Builder::new()
             .name("boot files".into())
             .spawn(move || {
-                let _ = answer.send(self.read(Window::of(handle, watched)));
+                let _ = answer.send(read(&self, Window::of(handle, watched)));
             })
             .map_err(|error| Error::failed(format!("cannot start a thread: {error}")))?;
         loop {
@@ -104,15 +119,35 @@ impl Image {
         }
     }
 
-    fn read(&self, disk: Window) -> Result<BootFiles> {
-        let volumes = partitions::volumes(&disk, self.sector).map_err(|error| match error {
+    fn volumes(&self, disk: &Window) -> Result<Vec<Volume>> {
+        partitions::volumes(disk, self.sector).map_err(|error| match error {
             TableError::Unreadable(error) => self.unreadable(&error),
             TableError::Damaged(what, help) => {
                 let message = format!("the partition table of {} is damaged: {what}", self.shown);
                 let usual = || "repair it with sfdisk or sgdisk".to_owned();
                 Error::usage(message).help(help.unwrap_or_else(usual))
             }
-        })?;
+        })
+    }
+
+    fn root(&self, disk: Window) -> Result<Option<u32>> {
+        let volumes = self.volumes(&disk)?;
+        if let Some(told) = volumes.iter().find(|volume| volume.root) {
+            return Ok(told.number);
+        }
+        for volume in &volumes {
+            let contents = Contents::of(&volume.window);
+            if let Contents::Ext4(fs) = contents.map_err(|error| self.unreadable(&error))?
+                && kernels::is_root(&fs)
+            {
+                return Ok(volume.number);
+            }
+        }
+        Ok(None)
+    }
+
+    fn read(&self, disk: Window) -> Result<BootFiles> {
+        let volumes = self.volumes(&disk)?;
         let mut systems = Vec::new();
         let mut others = Vec::new();
         let mut first_error = None;
