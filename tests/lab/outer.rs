@@ -76,7 +76,7 @@ pub(crate) fn run(cases: &[Case], filtered: usize) -> bool {
         ),
         ("debian", &["vm.toml"]),
         ("debian-qcow2", &["vm.toml"]),
-        ("fleet", &["web.toml", "db.toml", "cache.toml"]),
+        ("fleet", &["base.toml", "web.toml", "db.toml", "cache.toml"]),
     ] {
         let folder = repository().join("configs").join(config);
         carried.extend(names.iter().map(|name| folder.join(name)));
