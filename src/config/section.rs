@@ -113,7 +113,7 @@ impl Context<'_> {
 /// A table of the file, being read.
 pub(super) struct Section<'t> {
     pub(super) cx: &'t Context<'t>,
-    /// Its header as one writes it, "[boot]"; empty for the top of the file.
+    /// Its header as one writes it, `[boot]`; empty for the top of the file.
     name: String,
     /// Where its header is; `None` for the top of the file and for a table not written.
     at: Option<Range<usize>>,

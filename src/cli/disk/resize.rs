@@ -30,7 +30,7 @@ use crate::{Error, Result, exit, progress};
 pub(super) struct Resize {
     /// TOML file of the VM, the folder of its vm.toml, or its name
     vm: PathBuf,
-    /// The disk: its index over [[block]] from 0, or its id
+    /// The disk: its index over `[[block]]` from 0, or its id
     #[arg(value_name = "INDEX|ID")]
     disk: String,
     /// The new size: bytes, 8GiB, or +1GiB on top of what it has [default: that of the host block

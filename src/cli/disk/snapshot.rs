@@ -86,7 +86,7 @@ struct Named {
     /// snapshot's NAME instead
     #[arg(value_name = "VM")]
     first: String,
-    /// The disk: its index over [[block]] from 0, or its id
+    /// The disk: its index over `[[block]]` from 0, or its id
     #[arg(
         value_name = "INDEX|ID",
         required_unless_present = "path",

@@ -20,7 +20,7 @@ pub(super) struct Which {
     /// TOML file of the VM, the folder of its vm.toml, or its name
     #[arg(required_unless_present = "path", conflicts_with = "path")]
     pub(super) vm: Option<PathBuf>,
-    /// The disk: its index over [[block]] from 0, or its id
+    /// The disk: its index over `[[block]]` from 0, or its id
     #[arg(
         value_name = "INDEX|ID",
         required_unless_present = "path",

@@ -51,7 +51,7 @@ pub fn list(path: &Path) -> Result<Vec<Snapshot>, OpenError> {
 }
 
 /// Creates a snapshot of the image at `path` as it is. It is in use by nobody else, or that is
-/// the error. `progress` is told as by [`check`](super::check), once for every pass.
+/// the error. `progress` is told as by [`check`](super::check()), once for every pass.
 pub fn create(
     path: &Path,
     name: &str,
