@@ -93,8 +93,11 @@ modules_with_dependencies() {
         }' "$index"
 }
 
-# pack_initramfs ROOT FILE: not compressed, since what unpacks it is often an emulated CPU.
+# pack_initramfs ROOT FILE: the same bytes for the same files, so that a lock file can have its digest; not
+# compressed, since what unpacks it is often an emulated CPU.
 pack_initramfs() {
-    (cd "$1" && find . -print0 | sort -z | cpio --null --create --format=newc --owner=0:0 --quiet) >"$2.part"
+    find "$1" -exec touch --no-dereference --date=@0 {} +
+    (cd "$1" && find . -print0 | LC_ALL=C sort -z |
+        cpio --null --create --format=newc --reproducible --owner=0:0 --quiet) >"$2.part"
     mv "$2.part" "$2"
 }
