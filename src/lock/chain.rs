@@ -51,6 +51,26 @@ pub(super) fn is_named(image: &Image, format: &str) -> Result<()> {
     Ok(())
 }
 
+/// What each of an image's backing files is read as, as far as that can be told.
+pub(super) fn formats(image: &Image, format: &str) -> Vec<&'static str> {
+    let Ok(mut above) = named(format) else {
+        return Vec::new();
+    };
+    let mut path = &image.path;
+    let mut formats = Vec::new();
+    for backing in &image.backing {
+        let header = is_qcow2(above).then(|| header(path).ok().flatten());
+        let said = header.flatten().and_then(|header| header.backing_format);
+        let Ok(format) = format_of(backing, said.as_deref()) else {
+            break;
+        };
+        // Thin or not is nothing that a reader sees.
+        formats.push(if is_raw(format) { "raw" } else { format.name });
+        (above, path) = (format, backing);
+    }
+    formats
+}
+
 fn size_of(path: &Path, format: &'static Format) -> Result<u64> {
     let failed = |error: io::Error| Error::unopenable(&path.display().to_string(), &error);
     if is_qcow2(format) {

@@ -21,6 +21,9 @@ pub(crate) struct Lock {
     pub(super) version: u32,
     /// The version of the launcher that wrote it. Another one is no drift.
     pub(super) launcher: String,
+    /// The index of the disk that has kernel and initrd, if one has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) from_block: Option<usize>,
     pub(super) machine: Machine,
     /// What is booted, by the key of `[boot]`.
     pub(super) boot: BTreeMap<String, Input>,
@@ -54,6 +57,9 @@ pub(super) struct Input {
     pub(super) path: String,
     #[serde(with = "hex")]
     pub(super) sha256: Digest,
+    /// What a backing file is read as: the same bytes are another disk in another format.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) format: Option<String>,
 }
 
 /// A disk.

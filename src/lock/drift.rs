@@ -159,6 +159,9 @@ impl Drift {
     }
 
     fn boot(&mut self, lock: &Lock, found: &Found) {
+        let disk = |index: Option<usize>| index.map_or(NOTHING.into(), |it| format!("disk {it}"));
+        let (was, is) = (disk(lock.from_block), disk(found.lock.from_block));
+        self.compare("boot.from_block", was, is);
         for key in ["kernel", "initrd"] {
             let (locked, now) = (lock.boot.get(key), found.lock.boot.get(key));
             self.input(&format!("boot.{key}"), locked, now, found);
@@ -170,6 +173,9 @@ impl Drift {
         match (locked, now) {
             (Some(locked), Some(now)) => {
                 self.digest(key, &now.path, Some(locked.sha256), Some(now.sha256), found);
+                let format = |input: &Input| input.format.as_deref().map_or(NOTHING.into(), shown);
+                let title = format!("{key} ({}), format", shown(&now.path));
+                self.compare(title, format(locked), format(now));
             }
             (None, None) => {}
             (locked, now) => {

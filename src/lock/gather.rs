@@ -47,6 +47,7 @@ impl Lock {
         let lock = Lock {
             version: VERSION,
             launcher: env!("CARGO_PKG_VERSION").to_owned(),
+            from_block: vm.boot_disk(),
             machine: Machine::of(&shape(vm)?),
             boot,
             block,
@@ -108,6 +109,7 @@ impl Gathering<'_> {
         Input {
             path: self.shown(&file.path),
             sha256: self.digest(key, file),
+            format: None,
         }
     }
 
@@ -122,8 +124,12 @@ impl Gathering<'_> {
         let sha256 = fixed.then(|| self.digest(&key("path"), &block.file()));
         let data_file = data_file.map(HostFile::at);
         let data_file = data_file.map(|file| self.input(&key("data_file"), &file));
+        let formats = chain::formats(&image, &block.format);
         let backing = block.backing.iter().enumerate();
-        let backing = backing.map(|(at, file)| self.input(&key(&format!("backing.{at}")), file));
+        let backing = backing.map(|(at, file)| Input {
+            format: formats.get(at).map(|format| (*format).to_owned()),
+            ..self.input(&key(&format!("backing.{at}")), file)
+        });
         let backing = backing.collect();
         // What a size is worth that the VM's file has not got, only the image tells.
         let size = match (block.size, fixed) {

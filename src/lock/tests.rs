@@ -192,6 +192,7 @@ size = "8GiB"
 [[block.backing]]
 path = "base.img"
 sha256 = "{base}"
+format = "raw"
 
 [[block]]
 path = "data.img"
@@ -336,6 +337,34 @@ fn what_the_guest_sees_is_locked() {
         let found: Vec<_> = drift.iter().map(|(title, ..)| &**title).collect();
         assert_eq!(found, titles);
     }
+}
+
+#[test]
+fn which_disk_is_booted_from_is_locked() {
+    let place = Place::new();
+    let files = "kernel = \"vmlinuz\"\ninitrd = \"boot/initrd.img\"";
+    place.edit(files, "from_block = \"ROOT\"");
+    let text = place.lock();
+    assert!(text.contains("\nfrom_block = 0\n"), "{text}");
+    place.edit(files, "from_block = 0");
+    assert_eq!(place.check(), Ok(()));
+    place.edit(files, "from_block = 3");
+    assert_eq!(place.drift(), one("boot.from_block", "disk 0", "disk 3"));
+    place.edit("initrd = \"boot/initrd.img\"", "");
+    assert_eq!(
+        place.drift()[0],
+        one("boot.from_block", "disk 0", "nothing")[0]
+    );
+}
+
+#[test]
+fn a_backing_file_that_is_read_in_another_format_is_drift() {
+    let place = Place::new();
+    place.lock();
+    fs::rename(place.path("base.img"), place.path("base.qcow2")).unwrap();
+    place.edit("\"base.img\"", "\"base.qcow2\"");
+    let title = "block.1.backing.0 (base.qcow2), format";
+    assert_eq!(place.drift(), one(title, "raw", "qcow2"));
 }
 
 #[test]
@@ -531,6 +560,7 @@ fn a_chain_of_images_is_locked_to_its_end() {
     chain(&place, "['middle.qcow2', 'base.img']");
     let text = place.lock();
     assert!(text.contains("path = \"middle.qcow2\"\n") && text.contains("path = \"base.img\"\n"));
+    assert!(text.contains("format = \"qcow2\"\n") && text.contains("format = \"raw\"\n"));
     assert!(text.contains("size = \"1MiB\"\n"), "{text}");
     place.put("base.img", &"c".repeat(1 << 20));
     assert_eq!(place.drift()[0].0, "block.0.backing.1 (base.img), sha256");
