@@ -23,8 +23,8 @@ options! {
         /// not got it. Needs `sha256`; excludes `path` and `build`.
         url: Option<String> = optional::<Url>("it is not fetched"),
         /// Command that makes the file if it is not there, run in the folder of the TOML file
-        /// that says so; by no shell. If it fails, what it has begun of the file is removed.
-        /// Needs `path`.
+        /// that says so; by no shell. If it fails, what it has begun of the file is removed; if
+        /// launcher is killed meanwhile, the next one moves that to `NAME.half`. Needs `path`.
         build: Vec<String> = list::<Argument>("it is not built"),
     }
     computed {

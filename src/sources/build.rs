@@ -1,5 +1,7 @@
 //! Files that a command makes.
 
+mod turn;
+
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::AsFd;
@@ -9,6 +11,7 @@ use std::process::{Command, ExitStatus, Stdio};
 
 use rustix::process::{Signal, set_parent_process_death_signal};
 
+use self::turn::{State, Turn};
 use super::{Made, is_there};
 use crate::config::HostFile;
 use crate::signals::KeysIgnored;
@@ -41,21 +44,38 @@ impl<'a> Commands<'a> {
             // For another file: whether it has made this one too was looked at then.
             return Ok(Made::Built);
         }
-        if is_there(&file.path) && !self.rebuild {
+        if is_there(&file.path) && !self.rebuild && !Turn::is_taken(which) {
+            return Ok(Made::Present);
+        }
+        let blame = |error: Error| error.about(format!("{key}.build"));
+        let mut turn = Turn::take(which, &shown(&file.build)).map_err(blame)?;
+        let own = self.files.iter().map(|(_, file)| file);
+        let own: Vec<_> = own.filter(|other| self::which(other) == which).collect();
+        // Half a file would be taken for a whole one.
+        let begun = |path: &Path| turn.as_ref().is_some_and(|turn| turn.has_begun(path));
+        let left: Vec<_> = own.iter().filter(|file| begun(&file.path)).collect();
+        let interrupted = !left.is_empty();
+        left.into_iter().for_each(|file| move_away(&file.path));
+        if is_there(&file.path) && !self.rebuild && !interrupted {
+            // Whoever had the turn before has made it.
+            turn.into_iter().for_each(Turn::end);
             return Ok(Made::Present);
         }
         self.run.insert(which);
-        let blame = |error: Error| error.about(format!("{key}.build"));
-        let own = self.files.iter().map(|(_, file)| file);
-        let own: Vec<_> = own.filter(|other| self::which(other) == which).collect();
-        let absent: Vec<_> = own.iter().filter(|file| !is_there(&file.path)).collect();
+        let before = own.iter().map(|file| (&*file.path, State::of(&file.path)));
+        let before: Vec<_> = before.collect();
+        if let Some(turn) = &mut turn {
+            turn.note(&before);
+        }
         if let Err(error) = run(which) {
-            // Half a file would be taken for a whole one at the next start.
-            let begun = absent.iter().filter(|file| file.path.is_file());
-            let removed: Vec<_> = begun
-                .filter(|file| std::fs::remove_file(&file.path).is_ok())
-                .map(|file| file.path.display().to_string())
-                .collect();
+            let begun = before
+                .iter()
+                .filter(|(path, before)| State::of(path).is_begun_since(before.text()));
+            let begun: Vec<_> = begun.map(|(path, _)| *path).collect();
+            let removed = removed(begun.iter().copied());
+            if !begun.iter().any(|path| is_there(path)) {
+                turn.into_iter().for_each(Turn::end);
+            }
             return Err(blame(match &removed[..] {
                 [] => error,
                 removed => error.help(format!(
@@ -64,6 +84,7 @@ impl<'a> Commands<'a> {
                 )),
             }));
         }
+        turn.into_iter().for_each(Turn::end);
         match own.into_iter().find(|file| !is_there(&file.path)) {
             None => Ok(Made::Built),
             Some(file) => {
@@ -78,6 +99,28 @@ impl<'a> Commands<'a> {
             }
         }
     }
+}
+
+/// Moves away what an interrupted command has left of a file: it may have been put there since.
+fn move_away(path: &Path) {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".half");
+    let half = PathBuf::from(name);
+    if path.is_file() && std::fs::rename(path, &half).is_ok() {
+        messages::say(format_args!(
+            "launcher: a command that was interrupted had begun {}: it is {} now",
+            path.display(),
+            half.display()
+        ));
+    }
+}
+
+/// Removes files, not folders; those that are gone, for messages.
+fn removed<'p>(paths: impl Iterator<Item = &'p Path>) -> Vec<String> {
+    paths
+        .filter(|path| path.is_file() && std::fs::remove_file(path).is_ok())
+        .map(|path| path.display().to_string())
+        .collect()
 }
 
 fn which(file: &HostFile) -> Which<'_> {

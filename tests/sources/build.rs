@@ -1,5 +1,6 @@
 //! What is built by a command.
 
+use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Stdio;
@@ -170,10 +171,6 @@ fn a_command_that_fails_is_shown_with_its_exit_code_and_leaves_no_half_a_file() 
         );
         assert!(!folder.path("k").exists());
     }
-    // What was there before is left alone.
-    folder.write("k", "before");
-    assert_eq!(folder.launcher(&["prepare", "--rebuild"]).code, 1);
-    assert_eq!(folder.text("k"), "half\n");
 }
 
 #[test]
@@ -227,6 +224,95 @@ fn an_interrupted_command_leaves_no_half_a_file() {
         done.err
     );
     assert!(begin.elapsed() < Duration::from_secs(50) && !folder.path("k").exists());
+}
+
+/// Waits until the command has begun the file.
+fn begun(folder: &Folder, name: &str) {
+    let begin = Instant::now();
+    while !folder.path(name).exists() {
+        assert!(begin.elapsed() < Duration::from_secs(30));
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn half_a_file_of_a_launcher_that_was_killed_is_built_again() {
+    let folder = Folder::new("[boot.kernel]\npath = \"k\"\nbuild = \"./prepare.sh\"\n");
+    folder.script("prepare.sh", "echo half > k; exec sleep 60");
+    let mut command = folder.command(&["prepare"]);
+    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+    begun(&folder, "k");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // As make(1) does, which would take half a file for a whole one.
+    folder.script("prepare.sh", "[ -e k ] || echo whole > k");
+    let done = folder.launcher(&["prepare"]);
+    assert_eq!((done.code, &*done.out), (0, "boot.kernel  built  k\n"));
+    let said = "launcher: a command that was interrupted had begun k: it is k.half now\n";
+    assert!(done.err.starts_with(said), "{}", done.err);
+    assert_eq!(folder.text("k.half"), "half\n");
+    assert_eq!(folder.text("k"), "whole\n");
+    let done = folder.launcher(&["prepare"]);
+    assert_eq!((&*done.out, &*done.err), ("boot.kernel  present  k\n", ""));
+}
+
+#[test]
+fn half_a_file_that_another_launcher_builds_is_waited_for() {
+    let folder = Folder::new("[boot.kernel]\npath = \"k\"\nbuild = \"./prepare.sh\"\n");
+    folder.script(
+        "prepare.sh",
+        "echo run >> runs; echo half > k; while [ ! -e go ]; do sleep 0.1; done; echo whole > k",
+    );
+    let mut first = folder.command(&["prepare"]);
+    let mut first = first.stderr(Stdio::null()).spawn().unwrap();
+    begun(&folder, "k");
+    let mut second = folder.command(&["prepare"]);
+    second.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut second = second.spawn().unwrap();
+    let mut said = String::new();
+    let mut errors = BufReader::new(second.stderr.take().unwrap());
+    errors.read_line(&mut said).unwrap();
+    let expected = "launcher: waiting for another launcher that builds: `./prepare.sh`\n";
+    assert_eq!(said, expected);
+    folder.write("go", "");
+    assert!(first.wait().unwrap().success());
+    let done = folder.told(second.wait_with_output().unwrap());
+    assert_eq!((done.code, &*done.out), (0, "boot.kernel  present  k\n"));
+    assert_eq!(
+        (&*folder.text("k"), &*folder.text("runs")),
+        ("whole\n", "run\n")
+    );
+}
+
+#[test]
+fn a_file_that_a_failed_command_has_overwritten_is_removed_and_one_that_it_left_alone_stays() {
+    let folder = Folder::new("[boot.kernel]\npath = \"k\"\nbuild = \"./prepare.sh\"\n");
+    folder.write("k", "whole\n");
+    folder.script("prepare.sh", "exit 3");
+    assert_eq!(folder.launcher(&["prepare", "--rebuild"]).code, 1);
+    assert_eq!(folder.text("k"), "whole\n");
+    folder.script("prepare.sh", "echo half > k; exit 3");
+    let done = folder.launcher(&["prepare", "--rebuild"]);
+    assert!(
+        done.err.contains("what it had begun is removed: "),
+        "{}",
+        done.err
+    );
+    assert!(!folder.path("k").exists());
+}
+
+#[test]
+fn a_folder_that_an_interrupted_command_has_begun_is_left_to_the_command() {
+    let folder = Folder::new(
+        "[boot]\nkernel = \"vmlinuz\"\ninitrd = { path = \"tree\", build = \"./prepare.sh\" }\n",
+    );
+    folder.write("vmlinuz", "kernel");
+    folder.script("prepare.sh", "mkdir -p tree; touch tree/half; exit 3");
+    assert_eq!(folder.launcher(&["prepare"]).code, 1);
+    folder.script("prepare.sh", "mkdir -p tree; touch tree/whole");
+    let done = folder.launcher(&["prepare"]);
+    assert!(done.out.contains("boot.initrd  built "), "{}", done.out);
+    assert!(folder.path("tree/half").exists() && folder.path("tree/whole").exists());
 }
 
 #[test]
