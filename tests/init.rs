@@ -253,6 +253,29 @@ fn what_is_called_a_kernel_and_is_none_is_passed_over() {
 }
 
 #[test]
+fn a_special_file_is_no_image_and_is_not_waited_for() {
+    let folder = Folder::new().kernel("vmlinuz");
+    folder.does("mkfifo", &["disk.qcow2"]);
+    let (code, _, errors) = folder.init(&["--disk", "disk.qcow2"]);
+    assert_eq!(
+        (code, &*errors),
+        (
+            2,
+            "error: the image disk.qcow2 is a special file, expected a file or a block device\n"
+        )
+    );
+}
+
+#[test]
+fn a_folder_that_is_called_as_the_home_folder_is_not_taken_for_it() {
+    let folder = Folder::new().kernel("vmlinuz");
+    fs::create_dir(folder.path("~")).unwrap();
+    let folder = folder.raw("~/disk.img");
+    let vm = folder.written(&["--disk", "./~/disk.img"]);
+    assert_eq!(vm.block[0].path, folder.path("./~/disk.img"));
+}
+
+#[test]
 fn an_overlay_comes_with_its_backing_files() {
     let folder = Folder::new()
         .kernel("vmlinuz")

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::fs::{self, File};
 use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use formats::Image;
@@ -326,6 +327,13 @@ fn disk(path: &Path, named: Option<&str>) -> Result<Disk> {
     let meta = fs::metadata(path).map_err(unopenable)?;
     if meta.is_dir() {
         let message = format!("the image {} is a directory", path.display());
+        return Err(Error::usage(message));
+    }
+    // Opening a FIFO would wait for whoever writes to it.
+    if !meta.is_file() && !meta.file_type().is_block_device() {
+        let shown = path.display();
+        let message =
+            format!("the image {shown} is a special file, expected a file or a block device");
         return Err(Error::usage(message));
     }
     let format = disk::format_of(path, named, Some("format"))?;

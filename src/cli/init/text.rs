@@ -184,7 +184,11 @@ fn path(key: &'static str, dir: &Path, path: &Path) -> Result<Set> {
     })?;
     Ok(Set {
         key,
-        value: quoted(text),
+        value: match text.starts_with("~/") {
+            // That would be the home folder.
+            true => quoted(&format!("./{text}")),
+            false => quoted(text),
+        },
         note,
     })
 }
