@@ -22,6 +22,8 @@ pub(crate) fn replace(file: &Path, text: &str) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     let temporary = beside(&file)?;
+    // Left by one that was killed: processes that live have other numbers.
+    let _ = fs::remove_file(&temporary);
     let written = write(&temporary, meta.as_ref(), text);
     let written = written.and_then(|()| fs::rename(&temporary, &file));
     if written.is_err() {
@@ -99,6 +101,16 @@ mod tests {
         replace(&file, "two").unwrap();
         assert_eq!(fs::read_to_string(&file).unwrap(), "two");
         assert_eq!(fs::metadata(&file).unwrap().mode() & 0o777, 0o640);
+        assert_eq!(names(folder.path()), ["vm.lock"]);
+    }
+
+    #[test]
+    fn what_a_killed_process_of_the_same_number_has_left_is_in_nobody_s_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("vm.lock");
+        fs::write(beside(&file).unwrap(), "half").unwrap();
+        replace(&file, "one").unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "one");
         assert_eq!(names(folder.path()), ["vm.lock"]);
     }
 

@@ -13,7 +13,7 @@ use self::found::{Found, Kernel, Named};
 use super::output::{complain, print, table};
 use super::up;
 use crate::config::{Choice, size};
-use crate::{Error, Result, config, exit, vm};
+use crate::{Error, Result, config, durable, exit, vm};
 
 /// Write a vm.toml that boots the kernel and the images of a folder
 ///
@@ -111,20 +111,14 @@ fn enough(found: &Found) -> Result<Option<u64>> {
 
 /// Writes the file whole, or not at all.
 fn write(file: &Path, text: &str, force: bool) -> io::Result<()> {
-    let new = match force {
-        true => file.with_extension("toml.new"),
-        false => file.to_owned(),
-    };
-    let mut opened = File::options().write(true).create_new(true).open(&new)?;
-    let written = opened
-        .write_all(text.as_bytes())
-        .and_then(|()| match force {
-            true => fs::rename(&new, file),
-            false => Ok(()),
-        });
+    if force {
+        return durable::replace(file, text);
+    }
+    let mut new = File::options().write(true).create_new(true).open(file)?;
+    let written = new.write_all(text.as_bytes());
     if written.is_err() {
         // What is there of it is of no use.
-        let _ = fs::remove_file(&new);
+        let _ = fs::remove_file(file);
     }
     written
 }
