@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::{Error, Result};
+use crate::{Error, Result, config};
 
 /// The files of a folder's VMs, sorted: each `*.toml` in it, and the `vm.toml` of each folder in
 /// it. A file that another of them extends is no VM of its own.
@@ -54,18 +54,8 @@ pub(super) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
 
 /// The files that a file extends. One that cannot be read is told of when it is loaded.
 fn bases(file: &Path) -> Vec<PathBuf> {
-    let text = fs::read_to_string(file).unwrap_or_default();
-    let table: toml::Table = text.parse().unwrap_or_default();
-    let named = match table.get("extends") {
-        Some(toml::Value::Array(files)) => files.as_slice(),
-        Some(one) => std::slice::from_ref(one),
-        None => &[],
-    };
-    let folder = file.parent().unwrap_or(Path::new(""));
-    let paths = named.iter().filter_map(toml::Value::as_str);
-    paths
-        .filter_map(|path| folder.join(path).canonicalize().ok())
-        .collect()
+    let bases = config::extends(file).into_iter();
+    bases.filter_map(|path| path.canonicalize().ok()).collect()
 }
 
 #[cfg(test)]
@@ -109,6 +99,25 @@ mod tests {
         let two = "extends = '../base.toml'";
         let files = [("base.toml", ""), ("one.toml", one), ("two/vm.toml", two)];
         assert_eq!(found(&files), ["one.toml", "two/vm.toml"]);
+    }
+
+    #[test]
+    fn a_file_that_is_extended_by_a_damaged_one_is_no_vm_either() {
+        let files = [
+            ("base.toml", ""),
+            ("one.toml", "extends = 'base.toml'\ncpus\n"),
+        ];
+        assert_eq!(found(&files), ["one.toml"]);
+    }
+
+    #[test]
+    fn a_file_that_is_too_large_is_not_read() {
+        let folder = folder(&[("one.toml", ""), ("big.toml", "extends = 'one.toml'")]);
+        let big = fs::File::options()
+            .write(true)
+            .open(folder.path().join("big.toml"));
+        big.unwrap().set_len(1 << 40).unwrap();
+        assert_eq!(files(folder.path()).unwrap().len(), 2);
     }
 
     #[test]

@@ -190,6 +190,18 @@ impl Gathering<'_> {
     }
 }
 
+/// The files that a VM's file extends, as far as it can be read; not what those extend.
+pub(crate) fn extends(file: &Path) -> Vec<PathBuf> {
+    let bytes = super::text(file).unwrap_or_default();
+    let text = String::from_utf8_lossy(&bytes);
+    let (_, written) = syntax::mend(&text, extended);
+    let (folder, home) = (file.parent().unwrap_or(Path::new("")), std::env::home_dir());
+    let paths = written.into_iter();
+    paths
+        .filter_map(|(_, path)| kinds::resolve(&path, folder, home.as_deref()).ok())
+        .collect()
+}
+
 /// What a file says that it extends, each with its place: what is no text is left out.
 fn extended(table: &DeTable<'_>) -> Vec<(Range<usize>, String)> {
     let Some(value) = table.get("extends") else {

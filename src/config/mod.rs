@@ -42,6 +42,7 @@ pub use self::block::Block;
 use self::diagnostic::Diagnostic;
 pub use self::explain::{Entry, Named, entries, find};
 pub(crate) use self::file::text;
+pub(crate) use self::gather::extends;
 pub use self::host_file::HostFile;
 pub use self::image_format::expects;
 pub(crate) use self::kinds::span_parts;
