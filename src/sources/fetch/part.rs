@@ -3,10 +3,10 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::{self, Seek, SeekFrom, Write};
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
 use crate::sources::is_there;
@@ -28,12 +28,15 @@ impl Part {
         if let Some(folder) = place.parent() {
             fs::create_dir_all(folder).map_err(failed("create"))?;
         }
+        // What is no file of ours is not written through, nor waited for.
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
         loop {
             let open = File::options()
                 .read(true)
                 .write(true)
                 .create(true)
                 .truncate(false)
+                .custom_flags(flags.bits() as i32)
                 .open(&path);
             let file = open.map_err(failed("open"))?;
             match flock(&file, FlockOperation::NonBlockingLockExclusive) {

@@ -173,6 +173,21 @@ fn a_server_that_is_in_trouble_for_a_time_is_asked_again() {
 }
 
 #[test]
+fn what_is_no_file_in_the_place_of_what_came_is_refused() {
+    let url = server(|_, stream| stream.write_all(b"HTTP/1.1 200 OK\r\n\r\nhello, world"));
+    for (command, target) in [("mkfifo", None), ("ln", Some("../elsewhere"))] {
+        let cache = Cache::new();
+        fs::create_dir(cache.0.path().join("a")).unwrap();
+        let mut link = std::process::Command::new(command);
+        link.args(target.map(|target| ["-s", target]).into_iter().flatten());
+        assert!(link.arg(cache.part()).status().unwrap().success());
+        let said = cache.fetch(&url, LIMITS).unwrap_err();
+        assert!(said.contains("hello.part"), "{said}");
+        assert!(!cache.0.path().join("elsewhere").exists());
+    }
+}
+
+#[test]
 fn free_space_is_what_is_left_for_us() {
     let file = tempfile::tempfile().unwrap();
     let stat = rustix::fs::fstatvfs(&file).unwrap();
