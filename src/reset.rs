@@ -110,6 +110,11 @@ fn check_base(image: &Image, header: &Header) -> Result<(), OpenError> {
     let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
     match (base.map(identity), identity(&folder.join(name))) {
         (Some(Ok(base)), Ok(named)) if base == named => Ok(()),
+        (Some(Err(error)), _) => {
+            let base = image.backing.first().map_or(Path::new(""), |base| base);
+            let error = failed("look at", base, &error);
+            Err(wrong("backing", error.message, None))
+        }
         _ => {
             let (base, named) = (base.unwrap_or(Path::new("")).display(), name.display());
             let message = format!("`backing` is `{base}`, but `{path}` is based on `{named}`");
