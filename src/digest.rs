@@ -110,6 +110,23 @@ pub fn of_input(key: &str, path: &Path) -> Result<Digest> {
     read(&mut initramfs::pack(path)?, path).map_err(failed)
 }
 
+/// The digest of a file that is open, as [`of`] has it; `path` is for messages. It is read from its
+/// start afterwards.
+///
+/// # Errors
+///
+/// As those of [`of`].
+pub(crate) fn of_open(file: &mut File, path: &Path) -> Result<Digest> {
+    let digest = of_file(file, path, &Cache::of_user(), SystemTime::now, read)?;
+    file.rewind().map_err(|error| unreadable(path, &error))?;
+    Ok(digest)
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> Error {
+    Error::failed(format!("cannot read {}: {error}", path.display()))
+        .help("check the file and the host's disk")
+}
+
 /// How often a file is read that changes meanwhile.
 const ATTEMPTS: usize = 3;
 
@@ -118,21 +135,27 @@ fn of_with(
     path: &Path,
     cache: &Cache,
     now: impl Fn() -> SystemTime,
+    read: impl FnMut(&mut File, &Path) -> io::Result<Digest>,
+) -> Result<Digest> {
+    of_file(&mut open(path)?, path, cache, now, read)
+}
+
+fn of_file(
+    file: &mut File,
+    path: &Path,
+    cache: &Cache,
+    now: impl Fn() -> SystemTime,
     mut read: impl FnMut(&mut File, &Path) -> io::Result<Digest>,
 ) -> Result<Digest> {
-    let failed = |error: io::Error| {
-        Error::failed(format!("cannot read {}: {error}", path.display()))
-            .help("check the file and the host's disk")
-    };
-    let mut file = open(path)?;
+    let failed = |error: io::Error| unreadable(path, &error);
     for _ in 0..ATTEMPTS {
         let seen = now();
-        let before = Identity::of(&file).map_err(failed)?;
+        let before = Identity::of(file).map_err(failed)?;
         if let Some(known) = before.and_then(|identity| cache.find(&identity)) {
             return Ok(known);
         }
-        let digest = read(&mut file, path).map_err(failed)?;
-        if Identity::of(&file).map_err(failed)? != before {
+        let digest = read(file, path).map_err(failed)?;
+        if Identity::of(file).map_err(failed)? != before {
             continue;
         }
         if let Some(identity) = before

@@ -98,9 +98,14 @@ impl Up {
     /// With --locked, refuses a VM that is not as its lock has it.
     fn check_lock(&self, vm: &Vm) -> Result<()> {
         match self.locked {
-            true => lock::check(vm, &lock::Place::of(&vm.file, &self.chosen.choice())?),
+            true => lock::check(vm, &self.lock(vm)?),
             false => Ok(()),
         }
+    }
+
+    /// Where the VM's lock is.
+    fn lock(&self, vm: &Vm) -> Result<lock::Place> {
+        lock::Place::of(&vm.file, &self.chosen.choice())
     }
 
     /// Runs the VM in this process.
@@ -115,6 +120,10 @@ impl Up {
         sources::ensure(&vm)?;
         sources::verify(&vm)?;
         self.check_lock(&vm)?;
+        if self.locked {
+            let lock = self.lock(&vm)?;
+            lock::pin(&mut vm, &lock)?;
+        }
         if self.ephemeral {
             // After the check: the lock is of what the file says.
             vm.drop_what_is_written();

@@ -59,5 +59,25 @@ pub(crate) fn check(vm: &Vm, place: &Place) -> Result<()> {
     }
 }
 
+/// Has a VM that is as its lock has it boot nothing else later, at a reboot of its guest: kernel and
+/// initrd get the digests of the lock.
+///
+/// # Errors
+///
+/// As [`compare`].
+pub(crate) fn pin(vm: &mut Vm, place: &Place) -> Result<()> {
+    let lock = Lock::read(place)?;
+    let files = [
+        ("kernel", vm.boot.kernel.as_mut()),
+        ("initrd", vm.boot.initrd.as_mut()),
+    ];
+    for (key, file) in files {
+        if let (Some(file), Some(locked)) = (file, lock.boot.get(key)) {
+            file.sha256 = Some(locked.sha256);
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests;

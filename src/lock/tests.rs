@@ -341,7 +341,7 @@ fn what_the_guest_sees_is_locked() {
 
 #[test]
 fn which_disk_is_booted_from_is_locked() {
-    let place = Place::new();
+    let place = Folder::new();
     let files = "kernel = \"vmlinuz\"\ninitrd = \"boot/initrd.img\"";
     place.edit(files, "from_block = \"ROOT\"");
     let text = place.lock();
@@ -359,7 +359,7 @@ fn which_disk_is_booted_from_is_locked() {
 
 #[test]
 fn a_backing_file_that_is_read_in_another_format_is_drift() {
-    let place = Place::new();
+    let place = Folder::new();
     place.lock();
     fs::rename(place.path("base.img"), place.path("base.qcow2")).unwrap();
     place.edit("\"base.img\"", "\"base.qcow2\"");

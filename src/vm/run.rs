@@ -41,7 +41,7 @@ fn up(config: &Vm, options: &UpOptions, running: Running<'_>) -> Result<(End, Re
     let (loaded, devices) = match config.boot_disk() {
         // What can be wrong with the kernel comes before anything happens to a disk.
         None => {
-            let loaded = load(BootFiles::named(&config.boot)?)?;
+            let loaded = load(BootFiles::verified(&config.boot)?)?;
             (loaded, Devices::open(config, options.engine)?)
         }
         Some(_) => {
@@ -76,7 +76,7 @@ fn boot_files(config: &Vm, devices: &Devices) -> Result<BootFiles> {
     let disk = disk.and_then(|index| Some((devices.disks().nth(index)?, config.block.get(index)?)));
     match disk {
         Some((disk, block)) => boot::image::read(&disk, block),
-        None => BootFiles::named(&config.boot),
+        None => BootFiles::verified(&config.boot),
     }
 }
 

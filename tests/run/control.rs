@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -146,6 +146,52 @@ fn a_reboot_starts_the_guest_anew_in_the_same_process() {
     client.order("resume");
     vm.out.wait_for("up\r\n", 21);
     assert!(vm.alive());
+}
+
+/// Another kernel in the place of the one that runs, in a folder whose VM knows which it is to be:
+/// what `up` says at the guest's reboot.
+fn rebooted_into_another_kernel(folder: &Folder, mut up: Command) -> String {
+    up.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut vm = Vm::spawn(up.stderr(Stdio::piped()));
+    let mut client = Client::of(folder);
+    vm.out.wait_for("up\r\n", 1);
+    assert!(client.order("reboot")["ok"].is_object());
+    vm.out.wait_for("up\r\n", 2);
+    let other = bzimage(&[print("other\r\n"), spin()].concat());
+    fs::write(folder.path("kernel"), other).unwrap();
+    client.order("reboot");
+    assert_eq!(vm.exit(), 2);
+    assert!(!vm.out.so_far().contains("other"));
+    vm.err.wait_for(" --> vm.toml:2:", 1);
+    vm.err.so_far()
+}
+
+#[test]
+fn a_reboot_boots_no_other_kernel_than_its_digest_says() {
+    let folder = Folder::new(&[print("up\r\n"), spin()].concat(), "");
+    let digest = launcher::digest::of(&folder.path("kernel")).unwrap();
+    let toml = fs::read_to_string(folder.path("vm.toml")).unwrap();
+    let table = format!("boot.kernel = {{ path = \"kernel\", sha256 = \"{digest}\" }}");
+    let toml = toml.replace("boot.kernel = \"kernel\"", &table);
+    fs::write(folder.path("vm.toml"), toml).unwrap();
+    let said = rebooted_into_another_kernel(&folder, folder.command());
+    let expected = format!(" now, expected {digest}\n --> vm.toml:2:");
+    assert!(said.contains(&expected), "{said}");
+}
+
+#[test]
+fn a_reboot_of_a_locked_vm_boots_no_other_kernel_than_the_lock_has() {
+    let folder = Folder::new(&[print("up\r\n"), spin()].concat(), "");
+    let mut lock = Command::new(env!("CARGO_BIN_EXE_launcher"));
+    let lock = lock.arg("lock").current_dir(folder.path("")).output();
+    assert!(lock.unwrap().status.success());
+    let mut up = folder.command();
+    up.arg("--locked");
+    let said = rebooted_into_another_kernel(&folder, up);
+    assert!(
+        said.contains("error: the kernel kernel has the SHA-256 "),
+        "{said}"
+    );
 }
 
 #[test]

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 
-use crate::config::Boot;
-use crate::initramfs;
+use crate::config::{Boot, HostFile};
 use crate::{Error, Result};
+use crate::{digest, initramfs};
 
 /// What is booted.
 pub(crate) struct BootFiles {
@@ -26,6 +26,20 @@ impl BootFiles {
         })?;
         let initrd = boot.initrd.as_ref().map(|file| &*file.path);
         BootFiles::open(&kernel.path, initrd)
+    }
+
+    /// As [`BootFiles::named`], of what the configuration says is in them: at a reboot of the
+    /// guest they may be others than those that were compared before its start.
+    pub(crate) fn verified(boot: &Boot) -> Result<BootFiles> {
+        let mut files = BootFiles::named(boot)?;
+        let named = [boot.kernel.as_ref(), boot.initrd.as_ref()];
+        let opened = [Some(&mut files.kernel), files.initrd.as_mut()];
+        for (named, opened) in named.into_iter().zip(opened) {
+            if let (Some(named), Some(opened)) = (named, opened) {
+                opened.verify(named)?;
+            }
+        }
+        Ok(files)
     }
 
     /// Opens files of the host.
@@ -108,6 +122,19 @@ impl BootFile {
             shown: shown.to_string(),
             key: part.key(),
         })
+    }
+
+    /// Compares it with the digest that it is to have.
+    fn verify(&mut self, named: &HostFile) -> Result<()> {
+        let Some(expected) = named.sha256 else {
+            return Ok(());
+        };
+        let found = digest::of_open(&mut self.file, &named.path);
+        let found = found.map_err(|error| error.about(self.key))?;
+        match found == expected {
+            true => Ok(()),
+            false => Err(self.bad(&format!("has the SHA-256 {found} now, expected {expected}"))),
+        }
     }
 
     /// A file that was read from a disk of the VM, as `shown`.
