@@ -237,6 +237,20 @@ fn partitions_keep_their_numbers_where_some_are_missing() {
 }
 
 #[test]
+fn a_partition_that_is_too_small_for_a_file_system_is_passed_over() {
+    let bench = Bench::new();
+    bench.ext4("root", &["/boot/vmlinuz-1", "/etc/fstab"]);
+    // As boot loaders have it for themselves, of one sector or a few.
+    for len in [1, 30] {
+        let table =
+            format!("label: dos\nstart=34, size={len}, type=da\nstart=2048, size=16384, type=83\n");
+        bench.partitioned("a.img", 20 * MIB, &table, &[(MIB, "root")]);
+        let expected = ("/boot/vmlinuz-1".to_owned(), None, Some(2));
+        assert_eq!(bench.taken("a.img"), expected, "{len}");
+    }
+}
+
+#[test]
 fn logical_partitions_of_an_mbr_are_searched() {
     let bench = Bench::new();
     bench.ext4("data", &["/lost"]);

@@ -84,7 +84,9 @@ impl Window {
     pub(super) fn bytes<const N: usize>(&self, offset: u64) -> io::Result<[u8; N]> {
         let mut bytes = [0; N];
         let there = self.len.saturating_sub(offset).min(N as u64) as usize;
-        self.read(offset, &mut bytes[..there])?;
+        if there > 0 {
+            self.read(offset, &mut bytes[..there])?;
+        }
         Ok(bytes)
     }
 
