@@ -48,21 +48,25 @@ impl<'a> Commands<'a> {
             return Ok(Made::Present);
         }
         let blame = |error: Error| error.about(format!("{key}.build"));
-        let mut turn = Turn::take(which, &shown(&file.build)).map_err(blame)?;
+        let mut turn = Turn::take(which, &shown(&file.build));
         let own = self.files.iter().map(|(_, file)| file);
         let own: Vec<_> = own.filter(|other| self::which(other) == which).collect();
         // Half a file would be taken for a whole one.
         let begun = |path: &Path| turn.as_ref().is_some_and(|turn| turn.has_begun(path));
-        let left: Vec<_> = own.iter().filter(|file| begun(&file.path)).collect();
-        let interrupted = !left.is_empty();
-        left.into_iter().for_each(|file| move_away(&file.path));
-        if is_there(&file.path) && !self.rebuild && !interrupted {
+        let left = own.iter().map(|file| &*file.path);
+        let left: Vec<_> = left.filter(|path| begun(path)).collect();
+        left.iter().for_each(|path| move_away(path));
+        if is_there(&file.path) && !self.rebuild && left.is_empty() {
             // Whoever had the turn before has made it.
             turn.into_iter().for_each(Turn::end);
             return Ok(Made::Present);
         }
         self.run.insert(which);
-        let before = own.iter().map(|file| (&*file.path, State::of(&file.path)));
+        let before = |path| match left.contains(&path) {
+            true => State::absent(),
+            false => State::of(path),
+        };
+        let before = own.iter().map(|file| (&*file.path, before(&file.path)));
         let before: Vec<_> = before.collect();
         if let Some(turn) = &mut turn {
             turn.note(&before);

@@ -11,11 +11,11 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, OFlags, flock};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use super::Which;
 use crate::digest::Digest;
-use crate::{Error, Result, cache, messages};
+use crate::{cache, messages};
 
 /// The turn to run a command.
 pub(super) struct Turn {
@@ -31,16 +31,18 @@ impl Turn {
         place(which).is_some_and(|path| path.exists())
     }
 
-    /// Waits until nobody else runs the command. `None` where nothing can be kept.
-    pub(super) fn take(which: Which<'_>, shown: &str) -> Result<Option<Turn>> {
-        let Some(path) = place(which) else {
-            return Ok(None);
+    /// Waits until nobody else runs the command. `None` where nothing can be kept: what can be
+    /// built is built all the same.
+    pub(super) fn take(which: Which<'_>, shown: &str) -> Option<Turn> {
+        let path = place(which)?;
+        let taken = Turn::lock(&path, shown);
+        let warn = |error: &io::Error| {
+            tracing::warn!(
+                "cannot lock {}: {error}: two launchers may build the same at once",
+                path.display()
+            );
         };
-        let taken = Turn::lock(&path, shown).map(Some);
-        taken.map_err(|error| {
-            Error::failed(format!("cannot lock {}: {error}", path.display()))
-                .help("XDG_CACHE_HOME sets where it is kept which commands run")
-        })
+        taken.inspect_err(warn).ok()
     }
 
     fn lock(path: &Path, shown: &str) -> io::Result<Turn> {
@@ -58,15 +60,16 @@ impl Turn {
                 .mode(0o600)
                 .custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits() as i32)
                 .open(path)?;
-            match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            let locked = match flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Err(Errno::WOULDBLOCK) => {
                     messages::say(format_args!(
                         "launcher: waiting for another launcher that builds: {shown}"
                     ));
-                    flock(&file, FlockOperation::LockExclusive)
+                    retry_on_intr(|| flock(&file, FlockOperation::LockExclusive))
                 }
                 other => other,
-            }?;
+            };
+            locked?;
             // Whoever ends a turn removes its file.
             let own = file.metadata()?;
             let same = |there: Metadata| (there.dev(), there.ino()) == (own.dev(), own.ino());
@@ -156,6 +159,11 @@ impl State {
                 meta.ctime_nsec()
             ),
         })
+    }
+
+    /// That of a file that is not there, or as good as not.
+    pub(super) fn absent() -> State {
+        State(ABSENT.to_owned())
     }
 
     /// Whether there is something else than `before`.
