@@ -30,10 +30,15 @@ pub(crate) fn pack(folder: &Path) -> Result<File> {
         to: Scratch::new("initrd")
             .map_err(|error| Error::failed(format!("no memory for the initrd: {error}")))?,
         len: 0,
+        names: HashMap::new(),
         numbers: HashMap::new(),
     };
-    for name in names(folder)? {
-        archive.add(&name)?;
+    let names = names(folder)?;
+    for name in &names {
+        archive.count(name)?;
+    }
+    for name in &names {
+        archive.add(name)?;
     }
     archive.header("TRAILER!!!".as_bytes(), &Entry::default())?;
     Ok(archive.to.into_file())
@@ -90,7 +95,9 @@ struct Archive<'a> {
     folder: &'a Path,
     to: Scratch,
     len: u64,
-    /// Files with several names, by device and inode: their numbers in the archive.
+    /// Files with several names, by device and inode: how many of them are in the folder.
+    names: HashMap<(u64, u64), u32>,
+    /// Those with several names in the folder: their numbers in the archive.
     numbers: HashMap<(u64, u64), u32>,
 }
 
@@ -139,19 +146,29 @@ impl Archive<'_> {
         self.pad()
     }
 
-    /// Numbers a file; whether it is the first of its names.
+    /// Counts a name of a file that has several.
+    fn count(&mut self, name: &Path) -> Result<()> {
+        let path = self.folder.join(name);
+        let metadata = fs::symlink_metadata(&path).map_err(|error| unreadable(&path, &error))?;
+        if metadata.is_file() && metadata.nlink() > 1 {
+            let identity = (metadata.dev(), metadata.ino());
+            *self.names.entry(identity).or_default() += 1;
+        }
+        Ok(())
+    }
+
+    /// Numbers a file; whether it is the first of its names. A name elsewhere is no fact about the
+    /// folder.
     fn number(&mut self, metadata: &Metadata, entry: &mut Entry) -> bool {
         let next = self.numbers.len() as u32 + 1;
-        if metadata.is_file() && metadata.nlink() > 1 {
-            // How many of its names are in the folder does not matter, and elsewhere is no fact
-            // about the folder.
-            entry.links = 2;
-            let known = self.numbers.entry((metadata.dev(), metadata.ino()));
-            let known = known.or_insert(next);
-            entry.number = *known;
-            return *known == next;
+        let identity = (metadata.dev(), metadata.ino());
+        let names = self.names.get(&identity).copied().unwrap_or_default();
+        if !metadata.is_file() || names < 2 {
+            return true;
         }
-        true
+        entry.links = names;
+        entry.number = *self.numbers.entry(identity).or_insert(next);
+        entry.number == next
     }
 
     fn header(&mut self, name: &[u8], entry: &Entry) -> Result<()> {
@@ -310,6 +327,17 @@ mod tests {
     fn the_same_files_make_the_same_archive() {
         let (one, other) = (folder(), folder());
         assert_eq!(packed(one.path()), packed(other.path()));
+    }
+
+    #[test]
+    fn a_name_outside_of_the_folder_changes_nothing() {
+        let (folder, elsewhere) = (folder(), tempfile::tempdir().unwrap());
+        let before = packed(folder.path());
+        for name in ["init", "z/data"] {
+            let other = elsewhere.path().join(name.replace('/', "-"));
+            fs::hard_link(folder.path().join(name), other).unwrap();
+        }
+        assert_eq!(packed(folder.path()), before);
     }
 
     #[test]
