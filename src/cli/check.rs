@@ -14,8 +14,9 @@ use crate::{Result, config, exit, sources, vm};
 /// Check the files of VMs, and the host's files that they name, and show every problem
 ///
 /// The kernel is loaded, images are opened as they would be, and read, digests are compared:
-/// nothing is created, written, fetched or executed. Files that `launcher up` would fetch or build
-/// first are no problem, and neither is that a VM runs. Exits with 2 if there is a problem.
+/// nothing is created, written, fetched or executed, but that digests are kept in the user's cache.
+/// Files that `launcher up` would fetch or build first are no problem, and neither is that a VM runs.
+/// Exits with 2 if there is a problem.
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  launcher check web/vm.toml\n  launcher check --quick configs/*/vm.toml"
