@@ -276,6 +276,13 @@ fn a_folder_that_is_called_as_the_home_folder_is_not_taken_for_it() {
 }
 
 #[test]
+fn what_no_vm_can_have_is_refused_before_anything_is_written() {
+    let folder = Folder::new().kernel("vmlinuz").raw("disk.img");
+    assert_eq!(folder.init(&["--cpus", "0"]).0, 2);
+    assert!(!folder.path("vm.toml").exists());
+}
+
+#[test]
 fn an_overlay_comes_with_its_backing_files() {
     let folder = Folder::new()
         .kernel("vmlinuz")

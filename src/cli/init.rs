@@ -45,7 +45,7 @@ pub(super) struct Init {
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     memory: Option<u64>,
     /// Number of vCPUs
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=254))]
     cpus: Option<u32>,
     /// Replace a vm.toml that is there
     #[arg(long)]
