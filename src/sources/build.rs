@@ -44,65 +44,113 @@ impl<'a> Commands<'a> {
             // For another file: whether it has made this one too was looked at then.
             return Ok(Made::Built);
         }
-        if is_there(&file.path) && !self.rebuild && !Turn::is_taken(which) {
+        if self.is_made(file) && !Turn::is_taken(which) {
             return Ok(Made::Present);
         }
-        let blame = |error: Error| error.about(format!("{key}.build"));
-        let mut turn = Turn::take(which, &shown(&file.build));
-        let own = self.files.iter().map(|(_, file)| file);
-        let own: Vec<_> = own.filter(|other| self::which(other) == which).collect();
-        // Half a file would be taken for a whole one.
-        let begun = |path: &Path| turn.as_ref().is_some_and(|turn| turn.has_begun(path));
-        let left = own.iter().map(|file| &*file.path);
-        let left: Vec<_> = left.filter(|path| begun(path)).collect();
-        left.iter().for_each(|path| move_away(path));
-        if is_there(&file.path) && !self.rebuild && left.is_empty() {
+        let build = Build::begin(which, self.files);
+        let left = build.clear();
+        if self.is_made(file) && left.is_empty() {
             // Whoever had the turn before has made it.
-            turn.into_iter().for_each(Turn::end);
+            build.end();
             return Ok(Made::Present);
         }
         self.run.insert(which);
-        let before = |path| match left.contains(&path) {
+        build
+            .make_all(&left)
+            .map_err(|error| error.about(format!("{key}.build")))?;
+        Ok(Made::Built)
+    }
+
+    fn is_made(&self, file: &HostFile) -> bool {
+        is_there(&file.path) && !self.rebuild
+    }
+}
+
+/// A command at its turn.
+struct Build<'a> {
+    which: Which<'a>,
+    /// `None` where nothing can be kept.
+    turn: Option<Turn>,
+    /// The files that it makes.
+    paths: Vec<&'a Path>,
+}
+
+impl<'a> Build<'a> {
+    /// Waits for its turn.
+    fn begin(which: Which<'a>, files: &'a [(String, HostFile)]) -> Self {
+        let own = files.iter().map(|(_, file)| file);
+        let own = own.filter(|file| self::which(file) == which);
+        Build {
+            which,
+            turn: Turn::take(which, &shown(which.1)),
+            paths: own.map(|file| &*file.path).collect(),
+        }
+    }
+
+    /// Moves away the files that were begun before it was interrupted, and says which: half a file
+    /// would be taken for a whole one.
+    fn clear(&self) -> Vec<&'a Path> {
+        let begun = |path: &Path| self.turn.as_ref().is_some_and(|turn| turn.has_begun(path));
+        let left = self.paths.iter().copied();
+        let left: Vec<_> = left.filter(|path| begun(path)).collect();
+        left.iter().for_each(|path| move_away(path));
+        left
+    }
+
+    /// Makes all of its files. Those that were `left` count as absent, even if they could not be
+    /// moved.
+    fn make_all(mut self, left: &[&Path]) -> Result<()> {
+        let state = |path| match left.contains(&path) {
             true => State::absent(),
             false => State::of(path),
         };
-        let before = own.iter().map(|file| (&*file.path, before(&file.path)));
-        let before: Vec<_> = before.collect();
-        if let Some(turn) = &mut turn {
+        let before: Vec<_> = self.paths.iter().map(|path| (*path, state(path))).collect();
+        if let Some(turn) = &mut self.turn {
             turn.note(&before);
         }
-        if let Err(error) = run(which) {
-            let begun = before
-                .iter()
-                .filter(|(path, before)| State::of(path).is_begun_since(before.text()));
-            let begun: Vec<_> = begun.map(|(path, _)| *path).collect();
-            let removed = removed(begun.iter().copied());
-            if !begun.iter().any(|path| is_there(path)) {
-                turn.into_iter().for_each(Turn::end);
-            }
-            return Err(blame(match &removed[..] {
-                [] => error,
-                removed => error.help(format!(
-                    "what it had begun is removed: {}",
-                    removed.join(", ")
-                )),
-            }));
+        if let Err(error) = run(self.which) {
+            return Err(self.undo(&before, error));
         }
-        turn.into_iter().for_each(Turn::end);
-        match own.into_iter().find(|file| !is_there(&file.path)) {
-            None => Ok(Made::Built),
-            Some(file) => {
-                let message = format!(
-                    "`build` has not made {}: {} has ended well, but there is no such file",
-                    file.path.display(),
-                    shown(&file.build)
-                );
-                let help = "`path` and `build` must mean the same file, from the folder of the \
-                            file that names them";
-                Err(blame(Error::failed(message).help(help)))
-            }
+        let missing = self.paths.iter().copied().find(|path| !is_there(path));
+        let missing = missing.map(|path| not_made(path, self.which));
+        self.end();
+        missing.map_or(Ok(()), Err)
+    }
+
+    /// Removes what it has begun and not ended; the error that says so.
+    fn undo(self, before: &[(&Path, State)], error: Error) -> Error {
+        let begun = before
+            .iter()
+            .filter(|(path, before)| State::of(path).is_begun_since(before.text()));
+        let begun: Vec<_> = begun.map(|(path, _)| *path).collect();
+        let removed = removed(&begun);
+        if !begun.iter().any(|path| is_there(path)) {
+            self.end();
+        }
+        match &removed[..] {
+            [] => error,
+            removed => error.help(format!(
+                "what it had begun is removed: {}",
+                removed.join(", ")
+            )),
         }
     }
+
+    /// Nothing is left half done.
+    fn end(self) {
+        self.turn.into_iter().for_each(Turn::end);
+    }
+}
+
+fn not_made(path: &Path, (_, build): Which<'_>) -> Error {
+    let message = format!(
+        "`build` has not made {}: {} has ended well, but there is no such file",
+        path.display(),
+        shown(build)
+    );
+    Error::failed(message).help(
+        "`path` and `build` must mean the same file, from the folder of the file that names them",
+    )
 }
 
 /// Moves away what an interrupted command has left of a file: it may have been put there since.
@@ -120,8 +168,9 @@ fn move_away(path: &Path) {
 }
 
 /// Removes files, not folders; those that are gone, for messages.
-fn removed<'p>(paths: impl Iterator<Item = &'p Path>) -> Vec<String> {
+fn removed(paths: &[&Path]) -> Vec<String> {
     paths
+        .iter()
         .filter(|path| path.is_file() && std::fs::remove_file(path).is_ok())
         .map(|path| path.display().to_string())
         .collect()
