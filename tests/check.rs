@@ -4,13 +4,16 @@
 #![allow(clippy::unwrap_used)]
 
 mod bare;
+mod program;
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use tempfile::TempDir;
+
+use self::program::{Done, launcher};
 
 /// A folder with the kernel `k` and what a test puts there, and one for what runs.
 struct Folder(TempDir, TempDir);
@@ -43,25 +46,13 @@ impl Folder {
     }
 
     fn launcher(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_launcher"));
-        command
-            .args(arguments)
-            .current_dir(self.0.path())
-            .env_remove("LAUNCHER_LOG")
-            .env("XDG_RUNTIME_DIR", self.1.path())
-            .stdin(Stdio::null());
-        command
+        launcher(self.0.path(), self.1.path(), arguments)
     }
 
-    /// Exit code, standard output and standard error of `launcher check`.
-    fn check(&self, arguments: &[&str]) -> (i32, String, String) {
+    /// Runs `launcher check` to its end.
+    fn check(&self, arguments: &[&str]) -> Done {
         let arguments = [&["check"], arguments].concat();
-        let output = self.launcher(&arguments).output().unwrap();
-        (
-            output.status.code().unwrap(),
-            String::from_utf8(output.stdout).unwrap(),
-            String::from_utf8(output.stderr).unwrap(),
-        )
+        self.launcher(&arguments).output().unwrap().into()
     }
 
     /// Checks what is said of a VM, and that its folder is as it was.
@@ -69,7 +60,7 @@ impl Folder {
     fn says(&self, text: &str, expected: &str) {
         fs::write(self.path("vm.toml"), text).unwrap();
         let before = listing(self.0.path());
-        let (code, out, err) = self.check(&[]);
+        let Done { code, out, err } = self.check(&[]);
         assert_eq!(listing(self.0.path()), before);
         assert_eq!(err.trim_end(), expected.trim_matches('\n'));
         match expected {
@@ -133,7 +124,7 @@ log = 'none/log'
     fs::write(folder.path("vm.toml"), text).unwrap();
     fs::write(folder.path("good.toml"), "boot.kernel = 'k'").unwrap();
     fs::write(folder.path("wrong.toml"), "boot.kernel = 'k'\ncpus = 0").unwrap();
-    let (code, out, err) = folder.check(&["vm.toml", "good.toml", "wrong.toml"]);
+    let Done { code, out, err } = folder.check(&["vm.toml", "good.toml", "wrong.toml"]);
     assert_eq!((code, &*out), (2, "good.toml: ok\n"));
     assert_eq!(
         err,
@@ -197,7 +188,7 @@ error: `cpus` is 0, expected a whole number, 1 to 254
 fn quick_looks_at_no_host_file() {
     let folder = Folder::new();
     fs::write(folder.path("vm.toml"), "boot.kernel = 'none'").unwrap();
-    let (code, out, err) = folder.check(&["--quick"]);
+    let Done { code, out, err } = folder.check(&["--quick"]);
     assert_eq!((code, &*out, &*err), (0, "vm.toml: ok\n", ""));
 }
 
@@ -401,7 +392,7 @@ fn a_disk_that_somebody_else_writes_is_shown() {
         "boot.kernel = 'k'\n[[block]]\npath = 'a.img'\n",
     )
     .unwrap();
-    let (code, _, err) = folder.check(&[]);
+    let Done { code, err, .. } = folder.check(&[]);
     assert_eq!(code, 2);
     assert!(
         err.starts_with("error: `a.img` is being written by process "),
@@ -425,7 +416,7 @@ fn that_the_vm_itself_runs_is_no_problem() {
         return;
     };
     assert_eq!(end, (0, String::new()));
-    let (code, out, err) = folder.check(&[]);
+    let Done { code, out, err } = folder.check(&[]);
     let stopped = folder.launcher(&["kill"]).status().unwrap();
     assert_eq!((code, &*out, &*err), (0, "vm.toml: ok\n", ""));
     assert!(stopped.success());

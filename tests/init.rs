@@ -3,13 +3,16 @@
 #![allow(clippy::unwrap_used)]
 
 mod bare;
+mod program;
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use launcher::config::{self, Choice, KEYS, Key, Vm};
 use tempfile::TempDir;
+
+use self::program::{Done, launcher};
 
 /// A folder that is looked at, and another.
 struct Folder(TempDir, TempDir);
@@ -55,31 +58,19 @@ impl Folder {
     }
 
     fn launcher(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_launcher"));
-        command
-            .args(arguments)
-            .current_dir(self.0.path())
-            .env_remove("LAUNCHER_LOG")
-            .env("XDG_RUNTIME_DIR", self.1.path())
-            .stdin(Stdio::null());
-        command
+        launcher(self.0.path(), self.1.path(), arguments)
     }
 
-    /// Exit code, standard output and standard error of `launcher init`.
-    fn init(&self, arguments: &[&str]) -> (i32, String, String) {
+    /// Runs `launcher init` to its end.
+    fn init(&self, arguments: &[&str]) -> Done {
         let arguments = [&["init"], arguments].concat();
-        let output = self.launcher(&arguments).output().unwrap();
-        (
-            output.status.code().unwrap(),
-            String::from_utf8(output.stdout).unwrap(),
-            String::from_utf8(output.stderr).unwrap(),
-        )
+        self.launcher(&arguments).output().unwrap().into()
     }
 
     /// What `launcher init` writes, which passes `launcher check`.
     #[track_caller]
     fn written(&self, arguments: &[&str]) -> Vm {
-        let (code, _, err) = self.init(arguments);
+        let Done { code, err, .. } = self.init(arguments);
         assert_eq!((code, &*err), (0, ""));
         let check = self.launcher(&["check"]).status().unwrap();
         assert!(check.success());
@@ -105,7 +96,7 @@ fn what_a_folder_has_is_found_said_and_boots() {
         .file("README")
         .raw("data.img")
         .qcow2("root.qcow2", &[]);
-    let (code, out, err) = folder.init(&[]);
+    let Done { code, out, err } = folder.init(&[]);
     assert_eq!((code, &*err), (0, ""));
     assert_eq!(
         out,
@@ -173,7 +164,7 @@ fn what_is_named_goes_before_what_is_found() {
         .raw("a.img")
         .raw("b");
     folder.does("mkdir", &["vm"]);
-    let (code, out, err) = folder.init(&["vm", "--kernel=mine", "--disk=b", "--format=raw"]);
+    let Done { code, out, err } = folder.init(&["vm", "--kernel=mine", "--disk=b", "--format=raw"]);
     assert_eq!((code, &*err), (0, ""));
     assert!(out.ends_with("\nnext: launcher up vm\n"), "{out}");
     let vm = config::load(&folder.path("vm/vm.toml"), &Choice::default()).unwrap();
@@ -192,7 +183,7 @@ fn what_is_named_goes_before_what_is_found() {
 fn a_vm_toml_that_is_there_stays_but_by_force() {
     let folder = Folder::new().kernel("vmlinuz").raw("a.img");
     fs::write(folder.path("vm.toml"), "mine").unwrap();
-    let (code, out, err) = folder.init(&[]);
+    let Done { code, out, err } = folder.init(&[]);
     assert_eq!((code, &*out), (2, ""));
     assert_eq!(
         err,
@@ -206,7 +197,7 @@ fn a_vm_toml_that_is_there_stays_but_by_force() {
 #[test]
 fn a_folder_with_nothing_says_what_to_put_there_and_what_names_it() {
     let folder = Folder::new();
-    let (code, out, err) = folder.init(&[]);
+    let Done { code, out, err } = folder.init(&[]);
     assert_eq!((code, &*out), (2, ""));
     assert_eq!(
         err,
@@ -216,7 +207,7 @@ fn a_folder_with_nothing_says_what_to_put_there_and_what_names_it() {
          IMAGE` and `--initrd FILE`\n"
     );
     let folder = folder.kernel("vmlinuz");
-    let (code, _, err) = folder.init(&[]);
+    let Done { code, err, .. } = folder.init(&[]);
     assert_eq!(code, 2);
     assert_eq!(
         err,
@@ -224,7 +215,7 @@ fn a_folder_with_nothing_says_what_to_put_there_and_what_names_it() {
          help: put an image there (`*.qcow2`, `*.img`, `*.raw`) or an `initrd.img`, or name one \
          with `--disk IMAGE` or `--initrd FILE`\n"
     );
-    let (code, _, err) = folder.init(&["none"]);
+    let Done { code, err, .. } = folder.init(&["none"]);
     assert_eq!(code, 2);
     assert_eq!(
         err,
@@ -239,14 +230,14 @@ fn what_is_called_a_kernel_and_is_none_is_passed_over() {
         .file("vmlinuz")
         .kernel("vmlinuz-6.1")
         .file("initrd.img");
-    let (_, out, _) = folder.init(&[]);
+    let Done { out, .. } = folder.init(&[]);
     assert!(out.contains("\nkernel  vmlinuz-6.1\n"), "{out}");
     assert!(
         out.contains("\nnot     vmlinuz (is no kernel: it is neither a bzImage nor an ELF file)\n"),
         "{out}"
     );
     let folder = Folder::new().file("vmlinuz").file("initrd.img");
-    let (code, _, err) = folder.init(&[]);
+    let Done { code, err, .. } = folder.init(&[]);
     assert_eq!(code, 2);
     let said = "error: this folder has no kernel that boots: vmlinuz is no kernel: it is neither a bzImage nor an ELF file\n";
     assert!(err.starts_with(said), "{err}");
@@ -256,7 +247,9 @@ fn what_is_called_a_kernel_and_is_none_is_passed_over() {
 fn a_special_file_is_no_image_and_is_not_waited_for() {
     let folder = Folder::new().kernel("vmlinuz");
     folder.does("mkfifo", &["disk.qcow2"]);
-    let (code, _, errors) = folder.init(&["--disk", "disk.qcow2"]);
+    let Done {
+        code, err: errors, ..
+    } = folder.init(&["--disk", "disk.qcow2"]);
     assert_eq!(
         (code, &*errors),
         (
@@ -278,7 +271,7 @@ fn a_folder_that_is_called_as_the_home_folder_is_not_taken_for_it() {
 #[test]
 fn what_no_vm_can_have_is_refused_before_anything_is_written() {
     let folder = Folder::new().kernel("vmlinuz").raw("disk.img");
-    assert_eq!(folder.init(&["--cpus", "0"]).0, 2);
+    assert_eq!(folder.init(&["--cpus", "0"]).code, 2);
     assert!(!folder.path("vm.toml").exists());
 }
 
@@ -310,7 +303,7 @@ fn a_backing_file_elsewhere_is_left_to_the_user_to_approve() {
     folder.does("mkdir", &["vm"]);
     let backing = ["-b", secret.to_str().unwrap(), "-F", "raw"];
     let folder = folder.qcow2("vm/a.qcow2", &backing);
-    let (code, out, err) = folder.init(&["vm", "--kernel", "vmlinuz"]);
+    let Done { code, out, err } = folder.init(&["vm", "--kernel", "vmlinuz"]);
     assert_eq!(code, 2);
     assert!(out.starts_with("wrote vm/vm.toml\n"), "{out}");
     assert!(
@@ -323,7 +316,7 @@ fn a_backing_file_elsewhere_is_left_to_the_user_to_approve() {
 fn an_image_that_contradicts_its_name_is_not_guessed() {
     let folder = Folder::new().kernel("vmlinuz").qcow2("a", &[]);
     fs::rename(folder.path("a"), folder.path("cloud.img")).unwrap();
-    let (code, _, err) = folder.init(&[]);
+    let Done { code, err, .. } = folder.init(&[]);
     assert_eq!(code, 2);
     assert_eq!(
         err,
@@ -344,7 +337,7 @@ fn a_disk_with_a_kernel_of_its_own_is_booted_from() {
         "mke2fs",
         &["-q", "-t", "ext4", "-d", "tree", "root.img", "8M"],
     );
-    let (code, out, err) = folder.init(&[]);
+    let Done { code, out, err } = folder.init(&[]);
     assert_eq!((code, &*err), (0, ""));
     assert!(
         out.contains("\nkernel  that of root.img, with its initrd\n"),

@@ -2,35 +2,26 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod program;
+
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
 use launcher::config::{self, Choice, Vm};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// The exit code of `launcher` in a folder, its standard output and standard error.
-fn run(folder: &Path, arguments: &[&str]) -> (i32, String, String) {
-    let output = Command::new(env!("CARGO_BIN_EXE_launcher"))
-        .args(arguments)
-        .current_dir(folder)
-        .env("XDG_RUNTIME_DIR", folder)
-        .env_remove("LAUNCHER_LOG")
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    (
-        output.status.code().unwrap(),
-        String::from_utf8(output.stdout).unwrap(),
-        String::from_utf8(output.stderr).unwrap(),
-    )
+use self::program::{Done, launcher};
+
+/// Runs `launcher` in a folder to its end.
+fn run(folder: &Path, arguments: &[&str]) -> Done {
+    launcher(folder, folder, arguments).output().unwrap().into()
 }
 
 /// What it prints when all is well.
 #[track_caller]
 fn printed(folder: &Path, arguments: &[&str]) -> String {
-    let (code, out, err) = run(folder, arguments);
+    let Done { code, out, err } = run(folder, arguments);
     assert_eq!((code, &*err), (0, ""), "{out}");
     out
 }
@@ -69,7 +60,7 @@ fn check_takes_profiles_and_values() {
         "memory=2GiB",
     ];
     assert_eq!(printed(folder.path(), &line), "web/vm.toml: ok\n");
-    let (code, _, err) = run(
+    let Done { code, err, .. } = run(
         folder.path(),
         &["check", "--quick", "web", "-p", "cii", "--set", "cpus=two"],
     );
@@ -98,7 +89,7 @@ fn up_takes_profiles_and_values_and_hands_them_on_when_detached() {
             "--set",
             "cpus=0",
         ];
-        let (code, _, err) = run(folder.path(), &[&line, detach].concat());
+        let Done { code, err, .. } = run(folder.path(), &[&line, detach].concat());
         assert_eq!(code, 2);
         assert!(err.contains("unknown profile `none`"), "{err}");
         assert!(!err.contains("unknown profile `ci`"), "{err}");
@@ -288,7 +279,7 @@ fn resize_does_not_save_into_a_file_that_others_extend() {
     with_images(folder.path());
     let before = fs::read_to_string(folder.path().join("base.toml")).unwrap();
     let line = ["disk", "resize", "web/vm.toml", "ROOT", "4MiB", "--save"];
-    let (code, _, err) = run(folder.path(), &line);
+    let Done { code, err, .. } = run(folder.path(), &line);
     assert_eq!(code, 1);
     assert_eq!(
         err,
@@ -310,7 +301,7 @@ fn resize_does_not_save_into_a_file_that_others_extend() {
 fn resize_says_which_file_has_another_size() {
     let folder = folder();
     with_images(folder.path());
-    let (code, _, err) = run(
+    let Done { code, err, .. } = run(
         folder.path(),
         &["disk", "resize", "web/vm.toml", "ROOT", "4MiB"],
     );
@@ -330,7 +321,7 @@ fn show_needs_a_path_that_is_text() {
     let odd = folder.path().join(std::ffi::OsStr::from_bytes(b"\xff"));
     fs::create_dir(&odd).unwrap();
     fs::write(odd.join("vm.toml"), "boot.kernel = 'k'\n").unwrap();
-    let (code, out, err) = run(&odd, &["config", "show"]);
+    let Done { code, out, err } = run(&odd, &["config", "show"]);
     assert_eq!((code, &*out), (1, ""));
     assert_eq!(
         err,
@@ -347,7 +338,7 @@ fn a_file_that_others_of_a_folder_extend_need_be_no_vm_for_up_all() {
     for name in ["a.toml", "b.toml"] {
         write(name, "extends = \"half.toml\"\nboot.kernel = \"none\"\n");
     }
-    let (code, _, err) = run(folder.path(), &["up", "--all", "."]);
+    let Done { code, err, .. } = run(folder.path(), &["up", "--all", "."]);
     assert_ne!(code, 0);
     assert!(
         !err.contains("base.toml") && !err.contains("half.toml"),
@@ -355,7 +346,7 @@ fn a_file_that_others_of_a_folder_extend_need_be_no_vm_for_up_all() {
     );
     // One that nobody extends is to be a VM.
     write("c.toml", "cpus = 1\n");
-    let (code, _, err) = run(folder.path(), &["up", "--all", "."]);
+    let Done { code, err, .. } = run(folder.path(), &["up", "--all", "."]);
     assert_eq!(code, 2);
     assert_eq!(err.matches("error: ").count(), 1, "{err}");
     assert!(

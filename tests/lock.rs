@@ -2,9 +2,15 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod names;
+mod program;
+
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
+
+use self::names::names;
+use self::program::{Done, launcher};
 
 const VM: &str = "cpus = 2\n[boot]\nkernel = \"vmlinuz\"\n[[block]]\npath = \"root.img\"\n\
                   ro = true\nroot = true\nid = \"ROOT\"\n[[block]]\npath = \"data.qcow2\"\n\
@@ -14,13 +20,6 @@ const VM: &str = "cpus = 2\n[boot]\nkernel = \"vmlinuz\"\n[[block]]\npath = \"ro
 struct Place {
     all: tempfile::TempDir,
     vm: PathBuf,
-}
-
-#[derive(Debug)]
-struct Done {
-    code: i32,
-    out: String,
-    err: String,
 }
 
 impl Place {
@@ -40,37 +39,14 @@ impl Place {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_launcher"));
-        command
-            .args(arguments)
-            .current_dir(&self.vm)
-            .env_remove("LAUNCHER_LOG")
-            .env("XDG_RUNTIME_DIR", self.all.path())
-            .env("XDG_CACHE_HOME", self.all.path().join("cache"));
+        let mut command = launcher(&self.vm, self.all.path(), arguments);
+        command.env("XDG_CACHE_HOME", self.all.path().join("cache"));
         command
     }
 
     fn launcher(&self, arguments: &[&str]) -> Done {
-        run(&mut self.command(arguments))
+        self.command(arguments).output().unwrap().into()
     }
-}
-
-fn run(command: &mut Command) -> Done {
-    let output = command.output().unwrap();
-    Done {
-        code: output.status.code().unwrap(),
-        out: String::from_utf8(output.stdout).unwrap(),
-        err: String::from_utf8(output.stderr).unwrap(),
-    }
-}
-
-fn names(folder: &Path) -> Vec<String> {
-    let entries = fs::read_dir(folder).unwrap();
-    let mut names: Vec<_> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
 }
 
 #[test]
@@ -152,7 +128,7 @@ fn a_lock_is_the_same_in_another_folder_and_environment() {
         .env("LC_ALL", "de_DE.UTF-8")
         .env("TZ", "Asia/Tokyo")
         .env("LAUNCHER_IO", "threads");
-    let done = run(&mut command);
+    let done = Done::from(command.output().unwrap());
     assert_eq!((done.code, &*done.err), (0, ""), "{done:?}");
     let text = |place: &Place| fs::read_to_string(place.path("vm.lock")).unwrap();
     assert_eq!(text(&here), text(&there));

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod program;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -13,6 +15,8 @@ use formats::{Engine, HostFile, Image, Ring};
 use launcher::control::{Laid, Owner, Place};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use tempfile::TempDir;
+
+use self::program::{Done, launcher};
 
 const VM: &str = "\
 name = 'web'
@@ -29,13 +33,6 @@ backing = ['root-base.qcow2', 'base.raw']
 ";
 
 struct Folder(TempDir);
-
-#[derive(Debug)]
-struct Done {
-    code: i32,
-    out: String,
-    err: String,
-}
 
 impl Folder {
     /// A VM with two overlays that hold something, and a disk without a base.
@@ -89,24 +86,12 @@ impl Folder {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_launcher"));
-        command
-            .args(arguments)
-            .current_dir(self.0.path())
-            .env_remove("LAUNCHER_LOG")
-            .env("XDG_RUNTIME_DIR", self.0.path())
-            .stdin(Stdio::null());
-        command
+        launcher(self.0.path(), self.0.path(), arguments)
     }
 
     fn reset(&self, arguments: &[&str]) -> Done {
         let arguments = [&["reset"], arguments].concat();
-        let output = self.command(&arguments).output().unwrap();
-        Done {
-            code: output.status.code().unwrap(),
-            out: String::from_utf8(output.stdout).unwrap(),
-            err: String::from_utf8(output.stderr).unwrap(),
-        }
+        self.command(&arguments).output().unwrap().into()
     }
 
     /// A reset that must be refused, and change nothing.

@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod bare;
+#[allow(dead_code, reason = "how it ends is judged by `bare`")]
+mod program;
 
 use std::fs;
 use std::io::Read;
@@ -11,6 +13,8 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use tempfile::TempDir;
+
+use self::program::launcher;
 
 /// mov dx, 0x3f8; mov al, 'R'; out dx, al; hlt; jmp to the hlt
 const STAY: &[u8] = &[0x66, 0xba, 0xf8, 0x03, 0xb0, b'R', 0xee, 0xf4, 0xeb, 0xfd];
@@ -35,14 +39,7 @@ impl Folder {
     /// `launcher up` of a file.
     fn command(&self, file: &str, text: &str) -> Command {
         fs::write(self.path(file), text).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_launcher"));
-        command
-            .args(["up", "--force", file])
-            .current_dir(self.0.path())
-            .env_remove("LAUNCHER_LOG")
-            .env("XDG_RUNTIME_DIR", self.1.path())
-            .stdin(Stdio::null());
-        command
+        launcher(self.0.path(), self.1.path(), &["up", "--force", file])
     }
 
     /// Exit code and errors of a whole run.

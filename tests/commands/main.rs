@@ -5,5 +5,7 @@
 mod console;
 mod logs;
 mod orders;
+#[path = "../program/mod.rs"]
+mod program;
 mod resize;
 mod vm;

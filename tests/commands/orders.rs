@@ -190,7 +190,7 @@ fn a_wrong_timeout_is_a_usage_error() {
 }
 
 /// Starts `launcher wait`, and has `then` happen once it listens.
-fn wait(arguments: &[&str], then: impl FnOnce(&mut super::vm::Vm)) -> super::vm::Done {
+fn wait(arguments: &[&str], then: impl FnOnce(&mut super::vm::Vm)) -> super::program::Done {
     let folder = Folder::new();
     let mut web = folder.start("web", "vm.toml");
     thread::scope(|scope| {

@@ -4,7 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 
@@ -16,16 +16,10 @@ use launcher::control::{Claim, Laid, Owner, Place, Publisher, Server, Subject};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use super::program::{Done, launcher};
+
 /// A folder with VMs, and the run-time folder of their user.
 pub(crate) struct Folder(TempDir);
-
-/// What a command did.
-#[derive(Debug)]
-pub(crate) struct Done {
-    pub(crate) code: i32,
-    pub(crate) out: String,
-    pub(crate) err: String,
-}
 
 impl Folder {
     pub(crate) fn new() -> Folder {
@@ -49,24 +43,12 @@ impl Folder {
 
     /// `launcher` with these arguments, not started yet.
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_launcher"));
-        command
-            .args(arguments)
-            .current_dir(self.0.path())
-            .env_remove("LAUNCHER_LOG")
-            .env("XDG_RUNTIME_DIR", self.0.path())
-            .stdin(Stdio::null());
-        command
+        launcher(self.0.path(), self.0.path(), arguments)
     }
 
     /// Runs `launcher` to its end.
     pub(crate) fn launcher(&self, arguments: &[&str]) -> Done {
-        let output = self.command(arguments).output().unwrap();
-        Done {
-            code: output.status.code().unwrap(),
-            out: String::from_utf8(output.stdout).unwrap(),
-            err: String::from_utf8(output.stderr).unwrap(),
-        }
+        self.command(arguments).output().unwrap().into()
     }
 
     /// Runs `launcher`, which must succeed and complain of nothing; what it prints.

@@ -3,6 +3,10 @@
 #![allow(clippy::unwrap_used)]
 
 mod images;
+#[path = "../names/mod.rs"]
+mod names;
+#[path = "../program/mod.rs"]
+mod program;
 mod resize;
 
 use std::fs;
@@ -12,6 +16,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use tempfile::TempDir;
+
+use self::program::{Done, launcher};
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -29,14 +35,6 @@ impl Drop for Held {
         drop(self.0.stdin.take());
         self.0.wait().unwrap();
     }
-}
-
-/// What a command did.
-#[derive(Debug)]
-struct Done {
-    code: i32,
-    out: String,
-    err: String,
 }
 
 impl Folder {
@@ -84,10 +82,8 @@ impl Folder {
 
     /// Runs `launcher` in the folder.
     fn launcher(&self, arguments: &[&str]) -> Done {
-        run(
-            Command::new(env!("CARGO_BIN_EXE_launcher")).args(arguments),
-            self.folder.path(),
-        )
+        let folder = self.folder.path();
+        launcher(folder, folder, arguments).output().unwrap().into()
     }
 
     /// Runs `launcher`, which must succeed and complain of nothing; what it prints.
@@ -160,26 +156,17 @@ impl Folder {
 
     /// What is in the folder, sorted.
     fn names(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.folder.path()).unwrap();
-        let mut names: Vec<_> = entries
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort();
-        names
+        names::names(self.folder.path())
     }
 }
 
 fn run(command: &mut Command, folder: &Path) -> Done {
-    let output = command
+    command
         .current_dir(folder)
         .env_remove("LAUNCHER_LOG")
         .env("XDG_RUNTIME_DIR", folder)
         .stdin(Stdio::null())
         .output()
-        .unwrap();
-    Done {
-        code: output.status.code().unwrap(),
-        out: String::from_utf8(output.stdout).unwrap(),
-        err: String::from_utf8(output.stderr).unwrap(),
-    }
+        .unwrap()
+        .into()
 }

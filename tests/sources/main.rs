@@ -7,15 +7,19 @@
 mod bare;
 mod build;
 mod fetch;
+#[path = "../program/mod.rs"]
+mod program;
 mod server;
 mod tls;
 mod verify;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Output};
 
 use tempfile::TempDir;
+
+use self::program::{Done, launcher};
 
 /// What the servers have: enough for several pieces, and no two the same.
 fn content() -> Vec<u8> {
@@ -34,14 +38,6 @@ fn sha256(bytes: &[u8]) -> String {
 
 /// A folder with the file of a VM, and with the user's cache and run-time folder.
 struct Folder(TempDir);
-
-/// What a command did.
-#[derive(Debug)]
-struct Done {
-    code: i32,
-    out: String,
-    err: String,
-}
 
 impl Folder {
     /// With `vm.toml` of this text.
@@ -79,14 +75,9 @@ impl Folder {
 
     /// `launcher` with these arguments, not started yet.
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_launcher"));
-        command
-            .args(arguments)
-            .current_dir(self.0.path())
-            .env("XDG_CACHE_HOME", self.path("cache"))
-            .env("XDG_RUNTIME_DIR", self.0.path())
-            .stdin(Stdio::null());
-        for ours in ["LAUNCHER_LOG", "SSL_CERT_FILE", "SSL_CERT_DIR"] {
+        let mut command = launcher(self.0.path(), self.0.path(), arguments);
+        command.env("XDG_CACHE_HOME", self.path("cache"));
+        for ours in ["SSL_CERT_FILE", "SSL_CERT_DIR"] {
             command.env_remove(ours);
         }
         for proxy in ["http_proxy", "https_proxy", "all_proxy"] {
@@ -100,17 +91,29 @@ impl Folder {
         self.told(self.command(arguments).output().unwrap())
     }
 
+    /// Has the commands that only look do so; `launcher check` finds nothing wrong.
+    #[track_caller]
+    fn is_looked_at(&self) {
+        let done = self.launcher(&["check"]);
+        assert_eq!(
+            (done.code, &*done.out, &*done.err),
+            (0, "vm.toml: ok\n", "")
+        );
+        self.launcher(&["lock", "vm.toml"]);
+        self.launcher(&["lock", "--check", "vm.toml"]);
+        self.launcher(&["disk", "list", "vm.toml"]);
+        self.launcher(&["disk", "info", "vm.toml", "0"]);
+    }
+
     /// What a command did, without the folder's name.
     fn told(&self, output: Output) -> Done {
         let folder = self.path("");
-        let text = |bytes| {
-            let text = String::from_utf8(bytes).unwrap();
-            text.replace(folder.to_str().unwrap(), "DIR/")
-        };
+        let shown = |text: String| text.replace(folder.to_str().unwrap(), "DIR/");
+        let done = Done::from(output);
         Done {
-            code: output.status.code().unwrap(),
-            out: text(output.stdout),
-            err: text(output.stderr),
+            out: shown(done.out),
+            err: shown(done.err),
+            ..done
         }
     }
 }
