@@ -205,7 +205,8 @@ fn default_threads() -> usize {
 ///
 /// Software emulation of nested virtualisation loses a guest now and then: with KVM's usual page
 /// tables one run in ten of a case that makes some hundred thousand exits, without the TDP MMU,
-/// which scripts/outer therefore leaves out, none in 45, but one in some sixty boots of others.
+/// which scripts/outer therefore leaves out, none in 45, but one in some sixty boots of others, and
+/// one in two of the longest, a Debian that installs and trims.
 /// KVM's trace shows how: the guest comes back from an exit, as thousands before, and its CR3 is
 /// not its own any more.
 ///
@@ -220,8 +221,8 @@ fn default_threads() -> usize {
 /// and without huge pages and 5-level paging, with kernels 6.1 and 6.12 outside. A case that lost
 /// its guest is run again, and says so; on hardware, and past these numbers, it fails. What goes
 /// wrong each time fails anyhow.
-const EMULATED_LOSSES: u32 = 16;
-const EMULATED_LOSSES_OF_A_CASE: u32 = 3;
+const EMULATED_LOSSES: u32 = 20;
+const EMULATED_LOSSES_OF_A_CASE: u32 = 5;
 
 /// What a lost guest looks like: a crash, or a console on which nothing comes any more.
 const LOST: [&str; 4] = [
