@@ -119,10 +119,9 @@ impl Up {
         }
         sources::ensure(&vm)?;
         sources::verify(&vm)?;
-        self.check_lock(&vm)?;
         if self.locked {
             let lock = self.lock(&vm)?;
-            lock::pin(&mut vm, &lock)?;
+            lock::hold(&mut vm, &lock)?;
         }
         if self.ephemeral {
             // After the check: the lock is of what the file says.

@@ -52,21 +52,17 @@ pub(crate) fn compare(vm: &Vm, place: &Place) -> Result<Drift> {
 ///
 /// As [`compare`]; or something has drifted: all of it is said (exit code 2).
 pub(crate) fn check(vm: &Vm, place: &Place) -> Result<()> {
-    let drift = compare(vm, place)?;
-    match drift.is_none() {
-        true => Ok(()),
-        false => Err(drift.error(place)),
-    }
+    checked(vm, place).map(drop)
 }
 
-/// Has a VM that is as its lock has it boot nothing else later, at a reboot of its guest: kernel and
+/// As [`check`], and has the VM boot nothing else later, at a reboot of its guest: kernel and
 /// initrd get the digests of the lock.
 ///
 /// # Errors
 ///
-/// As [`compare`].
-pub(crate) fn pin(vm: &mut Vm, place: &Place) -> Result<()> {
-    let lock = Lock::read(place)?;
+/// As [`check`].
+pub(crate) fn hold(vm: &mut Vm, place: &Place) -> Result<()> {
+    let lock = checked(vm, place)?;
     let files = [
         ("kernel", vm.boot.kernel.as_mut()),
         ("initrd", vm.boot.initrd.as_mut()),
@@ -77,6 +73,16 @@ pub(crate) fn pin(vm: &mut Vm, place: &Place) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The lock of a VM that is as its lock has it.
+fn checked(vm: &Vm, place: &Place) -> Result<Lock> {
+    let lock = Lock::read(place)?;
+    let drift = Drift::between(&lock, Found::of(vm)?);
+    match drift.is_none() {
+        true => Ok(lock),
+        false => Err(drift.error(place)),
+    }
 }
 
 #[cfg(test)]
