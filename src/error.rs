@@ -54,10 +54,7 @@ impl Error {
 
     /// "cannot open `what`": a file that the configuration names. Its fault, or the host's.
     pub(crate) fn unopenable(what: &str, error: &std::io::Error) -> Self {
-        let text = error.to_string();
-        // The number says less than the words before it.
-        let (text, _) = text.split_once(" (os error").unwrap_or((&text, ""));
-        let message = format!("cannot open {what}: {text}");
+        let message = format!("cannot open {what}: {}", text(error));
         match formats::OpenError::key_of(error) {
             formats::OpenError::HOST => Error::failed(message),
             _ => Error::usage(message),
@@ -104,6 +101,16 @@ impl Error {
                 text,
             },
         }
+    }
+}
+
+/// What the user reads of a host's error: without the number that the standard library appends, which
+/// says less than the words before it.
+pub(crate) fn text(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    match text.split_once(" (os error") {
+        Some((text, _)) => text.to_owned(),
+        None => text,
     }
 }
 

@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::error::text;
 use crate::{Error, Result, config};
 
 /// The files of a folder's VMs, sorted: each `*.toml` in it, and the `vm.toml` of each folder in
@@ -15,8 +16,7 @@ use crate::{Error, Result, config};
 /// The folder cannot be read, or there are none.
 pub(super) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let unreadable = |error: io::Error| {
-        let text = error.to_string();
-        let (text, _) = text.split_once(" (os error").unwrap_or((&text, ""));
+        let text = text(&error);
         Error::usage(format!(
             "cannot read the folder {}: {text}",
             folder.display()

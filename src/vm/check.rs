@@ -14,6 +14,7 @@ use super::console::log_file;
 use super::trial;
 use crate::config::{self, Block, Vm, size};
 use crate::devices::virtio::blk::Blk;
+use crate::error::text;
 use crate::{Error, Result};
 
 /// All that is wrong with the host's files of a VM, each error at its place in the VM's file.
@@ -238,13 +239,4 @@ fn writable_folder(path: &Path) -> io::Result<()> {
         return Err(Errno::NOTDIR.into());
     }
     Ok(access(&folder, Access::WRITE_OK | Access::EXEC_OK)?)
-}
-
-/// The text of an error, without the number that the standard library appends.
-fn text(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.split_once(" (os error") {
-        Some((text, _)) => text.to_owned(),
-        None => text,
-    }
 }

@@ -6,10 +6,11 @@ use clap::Args;
 use formats::{Format, Image};
 
 use super::format::{Options, allocated, format_of, options, raw_name};
-use super::image::{lone, ring, text};
+use super::image::{lone, ring};
 use super::look::look;
 use crate::cli::output::print;
 use crate::config::size;
+use crate::error::text;
 use crate::{Error, Result, exit, progress};
 
 /// Create an image

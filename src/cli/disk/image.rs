@@ -1,7 +1,6 @@
 //! How an image is opened.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
 
@@ -53,13 +52,4 @@ pub(super) fn at_block(vm: &Vm, index: usize, error: OpenError) -> Error {
     };
     let about = format!("block.{index}.{key}");
     Error::from(error).about(about).at(&vm.places)
-}
-
-/// What the user reads of a host's error: without the number.
-pub(super) fn text(error: &io::Error) -> String {
-    let text = error.to_string();
-    match text.split_once(" (os error") {
-        Some((text, _)) => text.to_owned(),
-        None => text,
-    }
 }

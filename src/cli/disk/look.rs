@@ -17,8 +17,9 @@ use rustix::fs::OFlags;
 use serde::Serialize;
 
 use super::format::{is_qcow2, raw_name};
-use super::image::{lone, ring, text};
+use super::image::{lone, ring};
 use super::snapshots::Listed;
+use crate::error::text;
 use crate::{Error, Result};
 
 /// What is to be seen of an image.

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use toml_edit::{DocumentMut, Item, TableLike, Value};
 
-use super::image::text;
 use crate::config::{Vm, size};
+use crate::error::text;
 use crate::{Error, Result, durable};
 
 /// Sets the `size` of the disk `index` of a VM to `bytes`, in the VM's own file.

@@ -11,6 +11,7 @@ use rustix::fs::{Access, access};
 
 use self::kernel::{initrd_of, kernel_of};
 use crate::cli::{disk, up};
+use crate::error::text;
 use crate::{Error, Result, vm};
 
 /// What the command line names.
@@ -197,8 +198,7 @@ fn no_kernel(
 /// The names of the files in a folder, those that are UTF-8, sorted.
 fn names(dir: &Path) -> Result<Vec<String>> {
     let unreadable = |error: std::io::Error| {
-        let text = error.to_string();
-        let (text, _) = text.split_once(" (os error").unwrap_or((&text, ""));
+        let text = text(&error);
         Error::usage(format!("cannot read the folder {}: {text}", dir.display()))
     };
     let mut names = Vec::new();

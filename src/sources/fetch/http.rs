@@ -11,6 +11,7 @@ use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
 use crate::Error;
+use crate::error::text;
 
 /// So many redirects are followed.
 const REDIRECTS: u32 = 10;
@@ -207,11 +208,7 @@ fn said(error: &ureq::Error) -> String {
         ureq::Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
             "the server has closed the connection".to_owned()
         }
-        ureq::Error::Io(error) => {
-            let text = error.to_string();
-            let (text, _) = text.split_once(" (os error").unwrap_or((&text, ""));
-            text.to_owned()
-        }
+        ureq::Error::Io(error) => text(error),
         other => other.to_string(),
     }
 }
