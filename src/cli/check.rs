@@ -8,7 +8,6 @@ use super::choice::Chosen;
 use super::output::{complain, print};
 use super::up;
 use crate::config::Vm;
-use crate::control::Place;
 use crate::{Result, config, exit, sources, vm};
 
 /// Check the files of VMs, and the host's files that they name, and show every problem
@@ -66,7 +65,7 @@ impl Check {
 
 /// Whether the VM of this file runs. Where that cannot be told, its disks' locks will.
 fn runs(vm: &Vm) -> bool {
-    let owner = Place::of(vm.named.then_some(&*vm.name), &vm.file).and_then(|place| place.owner());
+    let owner = super::place(vm).and_then(|place| place.owner());
     let file = vm.file.canonicalize().unwrap_or_else(|_| vm.file.clone());
     matches!(owner, Ok(Some(owner)) if owner.file == file)
 }

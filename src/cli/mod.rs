@@ -33,6 +33,8 @@ use std::path::PathBuf;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use crate::config::Vm;
+use crate::control::Place;
 use crate::{Result, exit};
 
 /// Boot virtual machines on Linux/KVM: a VM is one TOML file
@@ -163,6 +165,11 @@ fn file(vm: Option<PathBuf>) -> PathBuf {
         Some(folder) if folder.is_dir() => folder.join("vm.toml"),
         Some(file) => file,
     }
+}
+
+/// Where a VM's socket and logs are.
+fn place(vm: &Vm) -> Result<Place> {
+    Place::of(vm.named.then_some(&*vm.name), &vm.file)
 }
 
 #[cfg(test)]

@@ -11,7 +11,6 @@ use super::output::{print, rough, table};
 use super::target::Target;
 use super::up;
 use crate::config::Vm;
-use crate::control::Place;
 use crate::reset::{Exchange, Overlay, Plan};
 use crate::{Error, Result, exit};
 
@@ -46,7 +45,7 @@ impl Reset {
         }
         let vm = target.config_with(&self.chosen.choice())?;
         // Nobody starts it meanwhile.
-        let place = Place::of(vm.named.then_some(&*vm.name), &vm.file)?;
+        let place = super::place(&vm)?;
         let _claim = place.claim(&up::owner(&vm, self.chosen.laid()))?;
         let plans = plans(&vm)?;
         print(&shown(&plans))?;

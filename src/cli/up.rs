@@ -13,7 +13,7 @@ use super::choice::Chosen;
 use super::{fleet, span};
 use crate::config::{ConsoleMode, Vm};
 use crate::control::messages::{Event, Stopped};
-use crate::control::{Laid, Owner, Place, Server};
+use crate::control::{Laid, Owner, Server};
 use crate::vm::{self, UpOptions};
 use crate::{Error, Result, config, lock, sources};
 use detach::Ready;
@@ -127,7 +127,7 @@ impl Up {
             // After the check: the lock is of what the file says.
             vm.drop_what_is_written();
         }
-        let place = Place::of(vm.named.then_some(&*vm.name), &vm.file)?;
+        let place = super::place(&vm)?;
         let claim = place.claim(&owner(&vm, self.chosen.laid()))?;
         let detached = ready.is_some();
         let kept = detached || vm.console.mode == ConsoleMode::Socket;

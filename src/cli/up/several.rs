@@ -11,7 +11,6 @@ use super::Up;
 use super::detach;
 use crate::cli::output::{complain, print};
 use crate::config::{self, Vm};
-use crate::control::Place;
 use crate::{Error, Result, exit, sources};
 
 /// Starts the VMs of these files, and says of each when it runs, or is up. The exit code is that
@@ -97,7 +96,7 @@ fn loaded(up: &Up, files: &[PathBuf]) -> Option<Vec<Vm>> {
 fn each_has_its_place(vms: &[Vm]) -> Result<()> {
     let mut places = BTreeMap::new();
     for vm in vms {
-        let place = Place::of(vm.named.then_some(&*vm.name), &vm.file)?;
+        let place = crate::cli::place(vm)?;
         let Some(first) = places.insert(place, vm) else {
             continue;
         };
