@@ -108,6 +108,10 @@ fn number(flag: &str, value: &str) -> Result<usize, String> {
         .map_err(|_| format!("{flag} {value}: not a number"))
 }
 
+/// What a run inside the outer machine prints every [`ALIVE_EVERY`], so that one that stands still is known.
+pub(crate) const ALIVE: &str = "(alive)";
+const ALIVE_EVERY: Duration = Duration::from_secs(10);
+
 /// What came of a case: its name, how long it took, and what to print if it failed.
 struct Outcome {
     name: &'static str,
@@ -154,7 +158,12 @@ pub(crate) fn run(cases: &[Case], filtered: usize, threads: Option<usize>) -> bo
 
     let mut failed = Vec::new();
     let mut passed = 0;
+    let mut said = started;
     loop {
+        if emulated() && said.elapsed() > ALIVE_EVERY {
+            println!("{ALIVE}");
+            said = Instant::now();
+        }
         match outcomes.recv_timeout(Duration::from_secs(1)) {
             Ok(outcome) => match report(outcome) {
                 Some(name) => failed.push(name),
@@ -233,14 +242,18 @@ const LOST: [&str; 4] = [
     "launcher has not ended within",
 ];
 
+/// Whether this runs inside the outer machine.
+fn emulated() -> bool {
+    std::env::var_os(guest::FILES).is_some()
+}
+
 fn run_case(case: Case) -> Outcome {
     static LOSSES: AtomicU32 = AtomicU32::new(0);
-    let emulated = std::env::var_os(guest::FILES).is_some();
     for _ in 0..EMULATED_LOSSES_OF_A_CASE {
         let outcome = run_once(case);
         match &outcome.failure {
             Some(text)
-                if emulated
+                if emulated()
                     && LOST.iter().any(|lost| text.contains(lost))
                     && LOSSES.fetch_add(1, Ordering::Relaxed) < EMULATED_LOSSES =>
             {
