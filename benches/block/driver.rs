@@ -139,7 +139,12 @@ impl<'a> Virtqueue<'a> {
         queue.set_used_ring_address(at(USED), Some(0));
         queue.set_ready(true);
         let kick = self.kick.try_clone()?;
-        Ok(ActiveQueue { index, queue, kick })
+        Ok(ActiveQueue {
+            index,
+            queue,
+            kick,
+            record: None,
+        })
     }
 
     /// Makes the request of a slot available; [`Virtqueue::publish`] shows it to the device.

@@ -63,8 +63,27 @@ pub struct ActiveQueue {
     pub index: u16,
     /// The rings, validated: aligned, and inside guest memory.
     pub queue: Queue,
-    /// Signalled when the driver has made buffers available. Reads of it block.
+    /// Signalled when the driver has made buffers available. Reads of it block, or else cost a
+    /// poll more.
     pub kick: EventFd,
+    /// Keeps a record of the buffers in flight, where a transport needs one.
+    pub record: Option<Box<dyn Record>>,
+}
+
+/// A record of the buffers of one virtqueue that the device has taken and not given back: with it
+/// another device can go on where this one was killed.
+///
+/// All of it is called by the thread that serves the virtqueue.
+pub trait Record: Send {
+    /// The heads that an earlier device has taken and not given back, in that order: they are
+    /// served first. The virtqueue's next available entry is behind them. Called once.
+    fn resume(&mut self) -> Vec<u16>;
+    /// A head was taken from the available ring.
+    fn taken(&mut self, head: u16);
+    /// A head will be put into the used ring.
+    fn returning(&mut self, head: u16);
+    /// It is there; `used` is the index of the used ring now.
+    fn returned(&mut self, head: u16, used: u16);
 }
 
 /// A device's way to interrupt its driver.

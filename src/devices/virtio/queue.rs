@@ -14,7 +14,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::chain::{BrokenChain, Chain, DescriptorTable, Scratch};
-use super::{ActiveQueue, Interrupt};
+use super::{ActiveQueue, Interrupt, Record};
 use crate::devices::GuestMemory;
 
 /// A virtqueue that is being served, by one thread.
@@ -32,6 +32,9 @@ pub(crate) struct Virtqueue {
     /// Whether used buffers wait for [`Virtqueue::signal`].
     unsignalled: bool,
     interrupt: Arc<dyn Interrupt>,
+    record: Option<Box<dyn Record>>,
+    /// Heads that an earlier device had in flight, and that nobody has been given yet.
+    resumed: Vec<u16>,
 }
 
 /// A virtqueue whose rings make no sense: nothing can be taken from it any more.
@@ -70,6 +73,7 @@ impl Virtqueue {
             index,
             mut queue,
             kick,
+            mut record,
         } = active;
         if !queue.is_valid::<GuestMemory>(memory) {
             let message = format!("the rings of virtqueue {index} lie outside guest memory");
@@ -83,6 +87,13 @@ impl Virtqueue {
             longest: queue.max_size(),
             indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
         };
+        let resumed = record.as_mut().map(|record| record.resume());
+        let resumed = resumed.unwrap_or_default();
+        let size = queue.size();
+        if resumed.len() > usize::from(size) || resumed.iter().any(|head| *head >= size) {
+            let message = format!("the record of virtqueue {index} names heads that it has not");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
         let virtqueue = Virtqueue {
             index,
             queue,
@@ -91,6 +102,8 @@ impl Virtqueue {
             notified: false,
             unsignalled: false,
             interrupt: Arc::clone(interrupt),
+            record,
+            resumed,
         };
         // SAFETY: `into_raw_fd` gives the descriptor away, and nobody else has it.
         let kick = unsafe { OwnedFd::from_raw_fd(kick.into_raw_fd()) };
@@ -105,6 +118,13 @@ impl Virtqueue {
     pub(crate) fn take(&mut self, mut take: impl FnMut(u16)) -> Result<bool, BrokenRing> {
         let memory: &GuestMemory = &self.table.memory;
         let before = self.queue.next_avail();
+        if !self.resumed.is_empty() {
+            for head in std::mem::take(&mut self.resumed) {
+                self.in_flight += 1;
+                take(head);
+            }
+            return Ok(true);
+        }
         loop {
             let (size, in_flight) = (self.table.size, &mut self.in_flight);
             for chain in self.queue.iter(memory)? {
@@ -120,6 +140,9 @@ impl Virtqueue {
                     )));
                 }
                 *in_flight += 1;
+                if let Some(record) = &mut self.record {
+                    record.taken(head);
+                }
                 take(head);
             }
             if self.queue.next_avail() != before {
@@ -147,7 +170,13 @@ impl Virtqueue {
     /// first device-writable byte on.
     pub(crate) fn give_back(&mut self, head: u16, len: u32) -> Result<(), BrokenRing> {
         let memory: &GuestMemory = &self.table.memory;
+        if let Some(record) = &mut self.record {
+            record.returning(head);
+        }
         self.queue.add_used(memory, head, len)?;
+        if let Some(record) = &mut self.record {
+            record.returned(head, self.queue.next_used());
+        }
         self.in_flight -= 1;
         self.unsignalled = true;
         Ok(())

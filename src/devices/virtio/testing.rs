@@ -223,6 +223,7 @@ impl Driver {
             index: self.index,
             queue,
             kick: self.kick.try_clone().unwrap(),
+            record: None,
         }
     }
 

@@ -2,8 +2,9 @@
 //! image at the end.
 
 use std::cell::{Cell, OnceCell, RefCell};
-use std::future::poll_fn;
+use std::future::{Future as _, poll_fn};
 use std::io;
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -82,6 +83,8 @@ pub(super) struct Worker {
     pub(super) finished: RefCell<Vec<Finished>>,
     /// Tasks that wait for notifications.
     listeners: Cell<usize>,
+    /// What wakes each of them when the gate is shut.
+    sleepers: RefCell<Vec<Option<Waker>>>,
     /// Woken when a request or a task comes to its end.
     waiter: RefCell<Option<Waker>>,
 }
@@ -186,6 +189,7 @@ impl Worker {
             untold: Cell::default(),
             finished: RefCell::default(),
             listeners: Cell::default(),
+            sleepers: RefCell::default(),
             waiter: RefCell::default(),
         })
     }
@@ -228,6 +232,7 @@ impl Worker {
             serving.queues.push(queue);
             serving.kicks.push(kick.into());
         }
+        *self.sleepers.borrow_mut() = vec![None; serving.kicks.len()];
         for (index, kick) in serving.kicks.iter().enumerate() {
             self.listeners.set(self.listeners.get() + 1);
             self.ring.spawn(Rc::clone(self).listen(index, kick.clone()));
@@ -239,12 +244,9 @@ impl Worker {
     /// Ends what `activate` began: waits for the requests in flight.
     pub(super) async fn reset(&self) {
         self.gate.set(Gate::Shut);
-        if let Some(serving) = &*self.serving.borrow() {
-            for kick in &serving.kicks {
-                // Fails only if the counter is full: then the listener is woken as well.
-                let _ = rustix::io::write(kick, &1u64.to_ne_bytes());
-            }
-        }
+        // Not by their eventfds, which the driver's side may hold too: it could take the signal.
+        let sleepers = std::mem::take(&mut *self.sleepers.borrow_mut());
+        sleepers.into_iter().flatten().for_each(Waker::wake);
         self.until(|worker| worker.in_flight.get() == 0 && worker.listeners.get() == 0)
             .await;
         *self.serving.borrow_mut() = None;
@@ -276,7 +278,10 @@ impl Worker {
     async fn listen(self: Rc<Self>, queue: usize, kick: File) {
         while self.gate.get() != Gate::Shut {
             self.take(queue);
-            if let Err(error) = self.ring.read_eventfd(&kick).await {
+            let Some(notified) = self.notified(queue, &kick).await else {
+                break;
+            };
+            if let Err(error) = notified {
                 if let Some(serving) = &mut *self.serving.borrow_mut() {
                     self.break_off(serving, &format!("notifications cannot be read: {error}"));
                 }
@@ -285,6 +290,24 @@ impl Worker {
         }
         self.listeners.set(self.listeners.get() - 1);
         self.ended();
+    }
+
+    /// Waits for a notification, or until the gate is shut: `None`.
+    async fn notified(&self, queue: usize, kick: &File) -> Option<io::Result<u64>> {
+        let mut read = pin!(self.ring.read_eventfd(kick));
+        poll_fn(|cx| {
+            if self.gate.get() == Gate::Shut {
+                return Poll::Ready(None);
+            }
+            if let Some(sleeper) = self.sleepers.borrow_mut().get_mut(queue) {
+                match sleeper {
+                    Some(waker) => waker.clone_from(cx.waker()),
+                    none => *none = Some(cx.waker().clone()),
+                }
+            }
+            read.as_mut().poll(cx).map(Some)
+        })
+        .await
     }
 
     /// A request or a task has come to its end.

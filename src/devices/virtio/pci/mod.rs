@@ -151,7 +151,12 @@ impl VirtioPci {
             // Blocking: so io_uring can read it at once, without a poll before.
             let kick = EventFd::new(EFD_CLOEXEC)?;
             doorbells.push((index, kick.try_clone()?));
-            queues.push(ActiveQueue { index, queue, kick });
+            queues.push(ActiveQueue {
+                index,
+                queue,
+                kick,
+                record: None,
+            });
         }
         state.doorbells.start(doorbells);
         let interrupt: Arc<dyn Interrupt> = self.interrupt.clone();

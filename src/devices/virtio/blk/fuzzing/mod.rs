@@ -253,7 +253,12 @@ impl Session<'_> {
             queue.set_used_ring_address(Some(used(index) as u32), Some(0));
             queue.set_ready(true);
             let kick = EventFd::new(0).unwrap();
-            ActiveQueue { index, queue, kick }
+            ActiveQueue {
+                index,
+                queue,
+                kick,
+                record: None,
+            }
         });
         let activation = Activation {
             memory: Arc::clone(&self.bench.memory),
