@@ -19,6 +19,7 @@ mod progress;
 mod reset;
 pub(crate) mod resize;
 mod scratch;
+mod serve;
 mod signals;
 mod sources;
 mod stdout;

@@ -39,6 +39,11 @@ pub(crate) struct Signals(UnixStream);
 impl Signals {
     /// Catches them from now on.
     pub(crate) fn catch() -> Result<Signals> {
+        Signals::catch_only(&[SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT])
+    }
+
+    /// Catches some of them from now on.
+    pub(crate) fn catch_only(caught: &[libc::c_int]) -> Result<Signals> {
         let failed = |what: &'static str| {
             move |error: io::Error| Error::failed(format!("cannot {what}: {error}"))
         };
@@ -46,8 +51,7 @@ impl Signals {
         signals
             .set_nonblocking(true)
             .map_err(failed("set up a socket pair"))?;
-        let caught = [SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT];
-        for signal in caught {
+        for &signal in caught {
             // A parent that ignores them (nohup, a shell's job in the background) wants it so.
             if signal != SIGTERM && is_ignored(signal) {
                 continue;
@@ -56,7 +60,7 @@ impl Signals {
             let sender = sender.try_clone().map_err(failed("copy a socket"))?;
             register(signal, sender).map_err(failed("catch signals"))?;
         }
-        unblock(caught);
+        unblock(caught.iter().copied());
         Ok(Signals(signals))
     }
 

@@ -16,7 +16,7 @@ use crate::{Error, Result};
 const BACKLOG: i32 = 128;
 
 /// A socket that listens; its end removes the socket's name.
-pub(super) struct Listener {
+pub(crate) struct Listener {
     fd: OwnedFd,
     path: PathBuf,
     folder: OwnedFd,
@@ -34,6 +34,13 @@ impl Listener {
     pub(super) fn bind_again(path: &Path) -> Result<Listener> {
         remove_stale(path).map_err(|error| cannot_listen(path, &error))?;
         Listener::bind(path)
+    }
+
+    /// As [`Listener::bind_again`]; the error of a path where another process listens is
+    /// [`io::ErrorKind::AddrInUse`].
+    pub(crate) fn at(path: &Path) -> io::Result<Listener> {
+        remove_stale(path)?;
+        Listener::try_bind(path)
     }
 
     fn try_bind(path: &Path) -> io::Result<Listener> {
@@ -60,7 +67,7 @@ impl Listener {
     }
 
     /// The next connection, of whoever may connect here: `None` if there is none now.
-    pub(super) fn accept(&self) -> io::Result<Option<UnixStream>> {
+    pub(crate) fn accept(&self) -> io::Result<Option<UnixStream>> {
         loop {
             match rustix::net::accept_with(&self.fd, SocketFlags::CLOEXEC) {
                 Ok(fd) => return Ok(Some(UnixStream::from(fd))),
@@ -126,7 +133,10 @@ fn remove_stale(path: &Path) -> io::Result<()> {
         }
         Err(Errno::NOENT) => Ok(()),
         // A queue that is full (EAGAIN) is somebody's, too.
-        Ok(()) | Err(Errno::AGAIN) => Err(io::Error::other("another process listens there")),
+        Ok(()) | Err(Errno::AGAIN) => {
+            let message = "another process listens there";
+            Err(io::Error::new(io::ErrorKind::AddrInUse, message))
+        }
         Err(errno) => Err(errno.into()),
     }
 }

@@ -16,6 +16,7 @@ use std::os::unix::net::UnixStream;
 
 pub use client::Client;
 pub use find::{find, find_under};
+pub(crate) use listener::Listener;
 pub use place::{Claim, Laid, Owner, Place};
 pub use server::{Publisher, Server};
 

@@ -6,7 +6,7 @@ pub mod pci;
 pub mod power;
 pub mod pvpanic;
 pub mod serial;
-mod throttle;
+pub(crate) mod throttle;
 pub mod virtio;
 
 use std::io;

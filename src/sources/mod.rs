@@ -64,7 +64,18 @@ pub(crate) fn make(vm: &Vm, rebuild: bool) -> Result<Vec<Made>> {
 ///
 /// All that differ, each with its place and both digests (exit code 2), or that cannot be read.
 pub(crate) fn verify(vm: &Vm) -> Result<()> {
-    let wrong = differing(vm, |_| true);
+    as_one(differing(vm, |_| true))
+}
+
+/// As [`verify`], of one disk: its image and its backing files.
+pub(crate) fn verify_block(vm: &Vm, index: usize) -> Result<()> {
+    let block = &vm.block[index];
+    as_one(differing(vm, |path| {
+        block.path == path || block.backing.iter().any(|file| file.path == path)
+    }))
+}
+
+fn as_one(wrong: Vec<Error>) -> Result<()> {
     if wrong.len() < 2 {
         return wrong.into_iter().next().map_or(Ok(()), Err);
     }

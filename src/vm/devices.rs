@@ -125,7 +125,9 @@ impl Devices {
     }
 }
 
-fn open_disk(block: &Block, engine: Engine) -> Result<Blk, OpenError> {
+/// Opens a disk of a VM's file. The key of an error is that of the disk's table, or
+/// [`OpenError::HOST`].
+pub(crate) fn open_disk(block: &Block, engine: Engine) -> Result<Blk, OpenError> {
     let format = formats::find(&block.format).ok_or_else(|| OpenError {
         message: format!("format `{}` is not in this build", block.format),
         help: Some("see `launcher formats`".into()),

@@ -29,6 +29,7 @@ use crate::control::messages::{Event, How};
 #[cfg(test)]
 pub(crate) use boot::tests::bare_kernel;
 pub use check::check;
+pub(crate) use devices::open_disk;
 pub use run::run;
 pub use shape::{Device, Function, Shape, shape};
 pub use trial::{check_disk, check_kernel, root_parameter};

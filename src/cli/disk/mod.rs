@@ -10,6 +10,7 @@ mod list;
 mod look;
 mod resize;
 mod save;
+mod serve;
 mod snapshot;
 mod snapshots;
 mod which;
@@ -19,7 +20,7 @@ use clap::{Args, Subcommand};
 use crate::Result;
 pub(super) use format::{format_of, raw_name};
 
-/// List, resize, create, convert, check and snapshot the disks of VMs
+/// List, resize, create, convert, check, snapshot and serve the disks of VMs
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  launcher disk list web\n  launcher disk resize web 0 +1GiB\n  \
@@ -39,6 +40,7 @@ enum Command {
     Convert(convert::Convert),
     Check(check::Check),
     Snapshot(snapshot::Snapshot),
+    Serve(serve::Serve),
 }
 
 impl Disk {
@@ -51,6 +53,7 @@ impl Disk {
             Command::Convert(convert) => convert.run(),
             Command::Check(check) => check.run(),
             Command::Snapshot(snapshot) => snapshot.run(),
+            Command::Serve(serve) => serve.run(),
         }
     }
 }

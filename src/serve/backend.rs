@@ -1,0 +1,446 @@
+//! What a front end's messages do: the state of one connection (vhost-user: "Message types").
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::calls::{self, Calls};
+use super::inflight::{self, InFlight};
+use super::memory::{MAX_REGIONS, Place, Regions};
+use super::ring::{MAX_SIZE, Ring};
+use super::{lock, wrong};
+use crate::devices::virtio::blk::Blk;
+use crate::devices::virtio::{Activation, ActiveQueue, Device, Interrupt, Record};
+
+/// The feature bit of virtio that stands for vhost-user's own features.
+const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+/// Length of a block device's configuration space, as far as a driver can write to it.
+const CONFIG_LEN: usize = 60;
+
+/// One connection's state. The disk is served as long as a ring is ready.
+pub(super) struct Backend {
+    disk: Arc<Mutex<Blk>>,
+    calls: Arc<Calls>,
+    regions: Regions,
+    rings: Vec<Ring>,
+    in_flight: Option<InFlight>,
+    /// As the front end has set them.
+    features: u64,
+    protocol: u64,
+    /// What the driver has written to the configuration space.
+    config: Option<[u8; CONFIG_LEN]>,
+}
+
+impl Backend {
+    pub(super) fn new(disk: Arc<Mutex<Blk>>) -> Backend {
+        let queues = lock(&disk).queue_max_sizes().len();
+        let calls = Arc::new(Calls::new(queues));
+        lock(&disk).connect(Arc::clone(&calls) as Arc<dyn Interrupt>);
+        Backend {
+            disk,
+            calls,
+            regions: Regions::default(),
+            rings: (0..queues).map(|_| Ring::default()).collect(),
+            in_flight: None,
+            features: 0,
+            protocol: 0,
+            config: None,
+        }
+    }
+
+    /// Whether a protocol feature was negotiated.
+    pub(super) fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol & feature.bits() != 0
+    }
+
+    /// Whether a message that asks for an answer gets one.
+    pub(super) fn acknowledges(&self) -> bool {
+        self.features & PROTOCOL_FEATURES != 0 && self.has(VhostUserProtocolFeatures::REPLY_ACK)
+    }
+
+    pub(super) fn calls(&self) -> &Calls {
+        &self.calls
+    }
+
+    fn ring(&mut self, index: u32) -> io::Result<&mut Ring> {
+        let known = self.rings.len();
+        usize::try_from(index)
+            .ok()
+            .and_then(|index| self.rings.get_mut(index))
+            .ok_or_else(|| wrong(format!("virtqueue {index} of {known}")))
+    }
+
+    /// Makes a change that what is served must not see half made: nothing is in flight meanwhile.
+    fn change<T>(&mut self, change: impl FnOnce(&mut Self) -> io::Result<T>) -> Result<T> {
+        self.stop()
+            .and_then(|()| change(self))
+            .and_then(|changed| self.start().map(|()| changed))
+            .map_err(refused)
+    }
+
+    /// A reset of the device forgets what its driver has written to the configuration space, and
+    /// ours are not the driver's.
+    fn keep_config(&mut self) {
+        let mut config = [0; CONFIG_LEN];
+        lock(&self.disk).read_config(0, &mut config);
+        self.config = Some(config);
+    }
+
+    /// Stops serving: what was taken is given back when it returns.
+    pub(super) fn stop(&mut self) -> io::Result<()> {
+        if self.rings.iter().all(|ring| ring.served.is_none()) {
+            return Ok(());
+        }
+        self.keep_config();
+        lock(&self.disk).reset();
+        let memory = self.regions.memory()?;
+        for (index, ring) in self.rings.iter_mut().enumerate() {
+            let Some(ahead) = ring.served.take() else {
+                continue;
+            };
+            let used = ring.used(&self.regions, &memory)?;
+            let ahead = match &self.in_flight {
+                Some(shared) => shared.record(index as u16, ring.size(), used)?.in_flight(),
+                None => ahead,
+            };
+            ring.set_base(used.wrapping_add(ahead).into())?;
+        }
+        Ok(())
+    }
+
+    /// Serves the rings that are ready.
+    fn start(&mut self) -> io::Result<()> {
+        if !self.rings.iter().any(Ring::is_ready) {
+            return Ok(());
+        }
+        let memory = self.regions.memory()?;
+        let mut queues = Vec::new();
+        for (index, ring) in self.rings.iter_mut().enumerate() {
+            let Some(kick) = ring.kick.as_ref().filter(|_| ring.is_ready()) else {
+                continue;
+            };
+            let index = index as u16;
+            let used = ring.used(&self.regions, &memory)?;
+            let (record, ahead) = match &self.in_flight {
+                None => (None, ring.base().wrapping_sub(used)),
+                Some(shared) => {
+                    let log = shared.record(index, ring.size(), used)?;
+                    let ahead = log.in_flight();
+                    (Some(Box::new(log) as Box<dyn Record>), ahead)
+                }
+            };
+            let queue = ring.queue(&self.regions, &memory, used, ahead)?;
+            let kick = kick.try_clone()?;
+            // SAFETY: `into_raw_fd` gives the descriptor away, and nobody else has it.
+            let kick = unsafe { EventFd::from_raw_fd(kick.into_raw_fd()) };
+            queues.push(ActiveQueue {
+                index,
+                queue,
+                kick,
+                record,
+            });
+            ring.served = Some(ahead);
+        }
+        let features = self.features & !PROTOCOL_FEATURES;
+        let mut disk = lock(&self.disk);
+        disk.negotiated(features);
+        if let Some(config) = self.config {
+            disk.write_config(0, &config);
+        }
+        let interrupt: Arc<dyn Interrupt> = self.calls.clone();
+        disk.activate(Activation {
+            memory,
+            features,
+            queues,
+            interrupt,
+        })
+    }
+
+    /// Everything as at the beginning of the connection, but for what was negotiated.
+    fn reset(&mut self) -> Result<()> {
+        self.stop().map_err(refused)?;
+        for ring in &mut self.rings {
+            *ring = Ring::default();
+        }
+        self.in_flight = None;
+        self.config = None;
+        Ok(())
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        // The rings may lie in no memory any more, and yet the disk stops.
+        if self.stop().is_err() {
+            lock(&self.disk).reset();
+        }
+        self.calls.close();
+    }
+}
+
+fn refused(error: io::Error) -> Error {
+    Error::ReqHandlerError(error)
+}
+
+fn place(region: &VhostUserMemoryRegion) -> Place {
+    Place {
+        guest: region.guest_phys_addr,
+        len: region.memory_size,
+        user: region.user_addr,
+        offset: region.mmap_offset,
+    }
+}
+
+/// An eventfd that the front end may leave out.
+fn optional(file: Option<File>) -> Result<Option<OwnedFd>> {
+    file.map(calls::eventfd).transpose().map_err(refused)
+}
+
+fn not_offered<T>() -> Result<T> {
+    Err(Error::InvalidOperation("a message that was not negotiated"))
+}
+
+impl VhostUserBackendReqHandlerMut for Backend {
+    fn set_owner(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.reset()
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        self.reset()
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(lock(&self.disk).features() | PROTOCOL_FEATURES)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !self.get_features()? != 0 {
+            return Err(Error::FeatureMismatch);
+        }
+        if features == self.features {
+            return Ok(());
+        }
+        self.change(|this| {
+            this.features = features;
+            // Without vhost-user's own features no message enables a ring.
+            if features & PROTOCOL_FEATURES == 0 {
+                this.rings.iter_mut().for_each(|ring| ring.enabled = true);
+            }
+            this.config = None;
+            lock(&this.disk).negotiated(features & !PROTOCOL_FEATURES);
+            Ok(())
+        })
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let mut table = Regions::default();
+        for (region, file) in regions.iter().zip(files) {
+            table.add(place(region), file).map_err(refused)?;
+        }
+        self.change(|this| {
+            this.regions = table;
+            Ok(None)
+        })
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MAX_REGIONS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        self.change(|this| {
+            this.regions.add(place(region), file)?;
+            Ok(None)
+        })
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        self.change(|this| this.regions.remove(place(region)))
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        self.change(|this| this.ring(index)?.set_size(num))
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _: u64,
+    ) -> Result<()> {
+        self.change(|this| {
+            let ring = this.ring(index)?;
+            ring.set_areas([descriptor, available, used]);
+            Ok(())
+        })
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        self.change(|this| this.ring(index)?.set_base(base))
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let base = self.change(|this| {
+            let ring = this.ring(index)?;
+            // It is stopped until there is a kick again.
+            ring.kick = None;
+            Ok(ring.base())
+        })?;
+        Ok(VhostUserVringState::new(index, base.into()))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let kick = optional(file)?;
+        if kick.is_none() {
+            return Err(refused(wrong("a virtqueue that is polled was not offered")));
+        }
+        self.change(|this| {
+            let negotiated = this.features & PROTOCOL_FEATURES != 0;
+            let ring = this.ring(index.into())?;
+            ring.enabled |= !negotiated;
+            ring.kick = kick;
+            Ok(())
+        })
+    }
+
+    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        self.ring(index.into()).map_err(refused)?;
+        self.calls.set_call(index.into(), optional(file)?);
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        self.ring(index.into()).map_err(refused)?;
+        self.calls.set_error(index.into(), optional(file)?);
+        Ok(())
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        if self.ring(index).map_err(refused)?.enabled == enable {
+            return Ok(());
+        }
+        self.change(|this| {
+            this.ring(index)?.enabled = enable;
+            Ok(())
+        })
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        if features & !self.get_protocol_features()?.bits() != 0 {
+            return Err(Error::FeatureMismatch);
+        }
+        self.protocol = features;
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.rings.len() as u64)
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        // A message has 4 KiB at most, and so has the answer.
+        let mut config = vec![0; size as usize];
+        lock(&self.disk).read_config(offset.into(), &mut config);
+        Ok(config)
+    }
+
+    fn set_config(&mut self, offset: u32, buf: &[u8], _: VhostUserConfigFlags) -> Result<()> {
+        lock(&self.disk).write_config(offset.into(), buf);
+        self.keep_config();
+        Ok(())
+    }
+
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let (queues, size) = (wanted.num_queues, wanted.queue_size);
+        if usize::from(queues) > self.rings.len() || size > MAX_SIZE {
+            return Err(refused(wrong(
+                "more requests in flight than the virtqueues hold",
+            )));
+        }
+        let file = inflight::create(queues, size).map_err(refused)?;
+        let len = inflight::len(queues, size) as u64;
+        Ok((VhostUserInflight::new(len, 0, queues, size), file))
+    }
+
+    fn set_inflight_fd(&mut self, given: &VhostUserInflight, file: File) -> Result<()> {
+        let (queues, size) = (given.num_queues, given.queue_size);
+        if usize::from(queues) > self.rings.len() || size > MAX_SIZE {
+            return Err(refused(wrong(
+                "more requests in flight than the virtqueues hold",
+            )));
+        }
+        self.change(|this| {
+            let shared = InFlight::open(file, given.mmap_offset, queues, size)?;
+            this.in_flight = Some(shared);
+            Ok(())
+        })
+    }
+
+    fn set_gpu_socket(&mut self, _: GpuBackend) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shared_object(&mut self, _: VhostUserSharedMsg) -> Result<File> {
+        not_offered()
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _: VhostTransferStateDirection,
+        _: VhostTransferStatePhase,
+        _: File,
+    ) -> Result<Option<File>> {
+        not_offered()
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        not_offered()
+    }
+
+    fn set_log_base(&mut self, _: &VhostUserLog, _: File) -> Result<()> {
+        not_offered()
+    }
+}

@@ -1,0 +1,194 @@
+//! The socket, and the front ends that come to it one after another.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use libc::SIGHUP;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
+
+use super::{faults, session};
+use crate::control::Listener;
+use crate::devices::throttle::Throttle;
+use crate::devices::virtio::blk::{Blk, BlkHandle};
+use crate::signals::Signals;
+use crate::{Error, Result, exit, signals};
+
+/// What a signal asks for.
+pub(crate) enum Wish<'a> {
+    /// SIGHUP: look at the disk's size again.
+    Look(&'a BlkHandle),
+}
+
+/// A disk that is served at a socket.
+pub(crate) struct Server {
+    disk: Arc<Mutex<Blk>>,
+    handle: BlkHandle,
+    listener: Listener,
+    session: Option<Session>,
+    /// Signalled when a session has ended.
+    ended: OwnedFd,
+    faulted: BorrowedFd<'static>,
+    warnings: Throttle,
+}
+
+/// A front end that is connected.
+struct Session {
+    /// To end it from here.
+    stream: UnixStream,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+/// Signals an eventfd when it goes, in a panic too.
+struct OnEnd(OwnedFd);
+
+impl Drop for OnEnd {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+}
+
+/// Takes an eventfd's counter; whether there was one.
+fn taken(event: impl AsFd) -> bool {
+    rustix::io::read(event, &mut [0; 8]).is_ok()
+}
+
+impl Server {
+    /// Listens at a path: mode 0600. What another one who was killed has left there is replaced;
+    /// a path where somebody listens is refused with exit code 4.
+    pub(crate) fn new(disk: Blk, socket: &Path) -> Result<Server> {
+        let failed = |error: io::Error| Error::failed(format!("cannot set up a server: {error}"));
+        let listener = Listener::at(socket).map_err(|error| {
+            let mut refused =
+                Error::failed(format!("cannot listen at `{}`: {error}", socket.display()))
+                    .help("name another place with `--socket PATH`");
+            if error.kind() == io::ErrorKind::AddrInUse {
+                refused.exit = exit::ALREADY_RUNNING;
+            }
+            refused
+        })?;
+        let ended = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        Ok(Server {
+            handle: disk.handle(),
+            disk: Arc::new(Mutex::new(disk)),
+            listener,
+            session: None,
+            ended: ended.map_err(|error| failed(error.into()))?,
+            faulted: faults::survive().map_err(failed)?,
+            warnings: Throttle::default(),
+        })
+    }
+
+    /// Serves until a signal ends it; then flushes and closes the image.
+    pub(crate) fn run(
+        mut self,
+        signals: &mut Signals,
+        on_wish: &mut dyn FnMut(Wish<'_>),
+    ) -> Result<()> {
+        let served = self.serve(signals, on_wish);
+        if let Some(session) = self.session.take() {
+            // Fails only if the front end is gone already.
+            let _ = session.stream.shutdown(Shutdown::Both);
+            self.end(session);
+        }
+        let disk = Arc::try_unwrap(self.disk)
+            .map_err(|_| Error::failed("cannot close the disk: it is still in use"))?;
+        let closed = disk.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let closed = closed.close().map_err(|error| {
+            Error::failed(format!("cannot flush the disk: {error}"))
+                .help("what was written last may be lost; check the host's disk")
+        });
+        served.and(closed)
+    }
+
+    fn serve(&mut self, signals: &mut Signals, on_wish: &mut dyn FnMut(Wish<'_>)) -> Result<()> {
+        loop {
+            let signals_fd = signals.as_fd();
+            let mut ready = vec![
+                PollFd::from_borrowed_fd(signals_fd, PollFlags::IN),
+                PollFd::from_borrowed_fd(self.ended.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.faulted, PollFlags::IN),
+            ];
+            // One at a time: the others wait in the listener's queue.
+            if self.session.is_none() {
+                ready.push(PollFd::from_borrowed_fd(
+                    self.listener.as_fd(),
+                    PollFlags::IN,
+                ));
+            }
+            match poll(&mut ready, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(Error::failed(format!("cannot wait: {error}"))),
+            }
+            drop(ready);
+            for signal in signals.take() {
+                match signal {
+                    SIGHUP => on_wish(Wish::Look(&self.handle)),
+                    signal => {
+                        tracing::info!("{}: the disk is closed", signals::name(signal));
+                        return Ok(());
+                    }
+                }
+            }
+            if taken(self.faulted)
+                && let Some(session) = &self.session
+            {
+                self.warn("its memory has become shorter");
+                let _ = session.stream.shutdown(Shutdown::Both);
+            }
+            if taken(&self.ended)
+                && let Some(session) = self.session.take()
+            {
+                self.end(session);
+            }
+            if self.session.is_none() {
+                self.accept()?;
+            }
+        }
+    }
+
+    /// Begins to serve the next front end, if there is one.
+    fn accept(&mut self) -> Result<()> {
+        let failed = |error: io::Error| Error::failed(format!("cannot serve: {error}"));
+        let Some(stream) = self.listener.accept().map_err(failed)? else {
+            return Ok(());
+        };
+        let ours = stream.try_clone().map_err(failed)?;
+        let (disk, ended) = (Arc::clone(&self.disk), self.ended.try_clone());
+        let on_end = OnEnd(ended.map_err(failed)?);
+        let thread = thread::Builder::new()
+            .name("front end".into())
+            .spawn(move || {
+                // In this order: the disk is free when the end is told.
+                let _on_end = on_end;
+                session::serve(stream, disk)
+            })
+            .map_err(failed)?;
+        tracing::info!("a front end has connected");
+        self.session = Some(Session {
+            stream: ours,
+            thread,
+        });
+        Ok(())
+    }
+
+    /// A session is over, or about to be.
+    fn end(&self, session: Session) {
+        match session.thread.join() {
+            Ok(Ok(())) => tracing::info!("the front end has gone"),
+            Ok(Err(error)) => self.warn(&error.to_string()),
+            Err(_) => self.warn("its thread has panicked"),
+        }
+        let _ = taken(&self.ended);
+    }
+
+    fn warn(&self, why: &str) {
+        if let Some(held_back) = self.warnings.pass() {
+            tracing::warn!(held_back, "the front end is disconnected: {why}");
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! One connection: a front end's messages, one after another, until it goes or makes a mistake.
+
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketType, sockopt,
+};
+use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
+use vhost::vhost_user::{BackendReqHandler, Error};
+
+use super::backend::Backend;
+use super::{lock, wrong};
+use crate::devices::virtio::blk::Blk;
+
+/// Length of a message's header: request, flags and size, each a u32 of this machine.
+const HEADER: usize = 12;
+/// Bits of the flags: the version, an answer, an answer wanted.
+const VERSION: u32 = 1;
+const REPLY: u32 = 4;
+const NEED_REPLY: u32 = 8;
+
+/// Serves a front end until it goes; the error is its mistake, or the host's.
+pub(super) fn serve(stream: UnixStream, disk: Arc<Mutex<Blk>>) -> io::Result<()> {
+    let backend = Arc::new(Mutex::new(Backend::new(disk)));
+    let mut handler = BackendReqHandler::from_stream(stream.try_clone()?, Arc::clone(&backend));
+    loop {
+        let handled = match is_channel(&stream)? {
+            true => take_channel(&stream, &mut lock(&backend)),
+            false => handler.handle_request().map_err(|error| match error {
+                Error::ReqHandlerError(error) => error,
+                Error::Disconnected => io::ErrorKind::UnexpectedEof.into(),
+                error => io::Error::other(error.to_string()),
+            }),
+        };
+        match handled {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Whether the next message brings the channel for messages to the front end. The library has a
+/// type for it that cannot say that the configuration has changed.
+fn is_channel(stream: &UnixStream) -> io::Result<bool> {
+    let mut header = [0; HEADER];
+    let flags = RecvFlags::PEEK;
+    let (len, _) = rustix::io::retry_on_intr(|| rustix::net::recv(stream, &mut header, flags))?;
+    let [r0, r1, r2, r3, ..] = header;
+    let request = u32::from_ne_bytes([r0, r1, r2, r3]);
+    Ok(len == HEADER && request == FrontendReq::SET_BACKEND_REQ_FD as u32)
+}
+
+/// Takes the message that brings the channel.
+fn take_channel(stream: &UnixStream, backend: &mut Backend) -> io::Result<()> {
+    let mut header = [0; HEADER];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut parts = [IoSliceMut::new(&mut header)];
+    rustix::net::recvmsg(stream, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    let mut files = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            files.extend(rights);
+        }
+    }
+    let [_, _, _, _, f0, f1, f2, f3, size @ ..] = header;
+    let flags = u32::from_ne_bytes([f0, f1, f2, f3]);
+    if size != [0; 4] || flags & !NEED_REPLY != VERSION {
+        return Err(wrong("a message for the channel that makes no sense"));
+    }
+    if !backend.has(VhostUserProtocolFeatures::BACKEND_REQ) {
+        return Err(wrong("a channel that was not negotiated"));
+    }
+    let [channel] = <[OwnedFd; 1]>::try_from(files)
+        .map_err(|files| wrong(format!("{} files for the channel, expected 1", files.len())))?;
+    let kind = (
+        sockopt::socket_domain(&channel)?,
+        sockopt::socket_type(&channel)?,
+    );
+    if kind != (AddressFamily::UNIX, SocketType::STREAM) {
+        return Err(wrong("a channel that is no stream between processes"));
+    }
+    backend.calls().set_channel(Some(channel));
+    if flags & NEED_REPLY != 0 && backend.acknowledges() {
+        let request = FrontendReq::SET_BACKEND_REQ_FD as u32;
+        let words = [request, VERSION | REPLY, 8, 0, 0];
+        let mut to = stream;
+        to.write_all(words.map(u32::to_ne_bytes).as_flattened())?;
+    }
+    Ok(())
+}
