@@ -14,8 +14,10 @@ use crate::devices::GuestMemory;
 /// Most regions of one front end. QEMU has one for each memory device, and a few for its machine.
 pub(super) const MAX_REGIONS: usize = 256;
 
-/// What an offset into a file is a multiple of: a page (of huge ones the kernel asks for more).
+/// Bytes of a page.
 const PAGE: u64 = 4096;
+/// The file system whose files are made of huge pages (linux/magic.h).
+const HUGETLBFS: i64 = 0x9584_58f6;
 
 /// Where a region is: all in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,10 +75,9 @@ impl Regions {
         if !meta.is_file() || meta.len() < file_end {
             return Err(wrong("a memory region is no part of its file"));
         }
-        if !offset.is_multiple_of(PAGE) {
-            return Err(wrong(
-                "a memory region does not begin on a page of its file",
-            ));
+        let page = page_of(&file)?;
+        if !offset.is_multiple_of(page) || (page > PAGE && !len.is_multiple_of(page)) {
+            return Err(wrong("a memory region is not made of pages of its file"));
         }
         // A file on a broken disk is found out here, and not by a fault.
         file.read_at(&mut [0], offset)?;
@@ -123,6 +124,15 @@ impl Regions {
             .map(Arc::new)
             .map_err(|error| wrong(format!("no memory for the rings: {error}")))
     }
+}
+
+/// Bytes of the pages that a file is mapped in.
+fn page_of(file: &File) -> io::Result<u64> {
+    let system = rustix::fs::fstatfs(file)?;
+    Ok(match system.f_type {
+        HUGETLBFS => system.f_bsize as u64,
+        _ => PAGE,
+    })
 }
 
 #[cfg(test)]
@@ -179,7 +189,7 @@ mod tests {
                 0x1fff,
                 "no part of its file",
             ),
-            (place(0x2000, 0x1000, 0, 0x800), 0x2000, "on a page"),
+            (place(0x2000, 0x1000, 0, 0x800), 0x2000, "pages of its file"),
             (place(0x1000, 0x2000, 0, 0), 0x2000, "overlap"),
             (place(u64::MAX - 1, 0x1000, 0, 0), 0x1000, "wraps"),
             (place(0x2000, 0x1000, u64::MAX, 0), 0x1000, "wraps"),

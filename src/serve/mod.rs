@@ -20,7 +20,7 @@ mod session;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-pub(crate) use server::{Server, Wish};
+pub(crate) use server::Server;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

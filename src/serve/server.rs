@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use libc::SIGHUP;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
@@ -17,12 +18,6 @@ use crate::devices::throttle::Throttle;
 use crate::devices::virtio::blk::{Blk, BlkHandle};
 use crate::signals::Signals;
 use crate::{Error, Result, exit, signals};
-
-/// What a signal asks for.
-pub(crate) enum Wish<'a> {
-    /// SIGHUP: look at the disk's size again.
-    Look(&'a BlkHandle),
-}
 
 /// A disk that is served at a socket.
 pub(crate) struct Server {
@@ -83,13 +78,14 @@ impl Server {
         })
     }
 
-    /// Serves until a signal ends it; then flushes and closes the image.
+    /// Serves until a signal ends it; then flushes and closes the image. SIGHUP does not end it,
+    /// but is passed on.
     pub(crate) fn run(
         mut self,
         signals: &mut Signals,
-        on_wish: &mut dyn FnMut(Wish<'_>),
+        on_hangup: &mut dyn FnMut(&BlkHandle),
     ) -> Result<()> {
-        let served = self.serve(signals, on_wish);
+        let served = self.serve(signals, on_hangup);
         if let Some(session) = self.session.take() {
             // Fails only if the front end is gone already.
             let _ = session.stream.shutdown(Shutdown::Both);
@@ -105,7 +101,11 @@ impl Server {
         served.and(closed)
     }
 
-    fn serve(&mut self, signals: &mut Signals, on_wish: &mut dyn FnMut(Wish<'_>)) -> Result<()> {
+    fn serve(
+        &mut self,
+        signals: &mut Signals,
+        on_hangup: &mut dyn FnMut(&BlkHandle),
+    ) -> Result<()> {
         loop {
             let signals_fd = signals.as_fd();
             let mut ready = vec![
@@ -127,7 +127,7 @@ impl Server {
             drop(ready);
             for signal in signals.take() {
                 match signal {
-                    SIGHUP => on_wish(Wish::Look(&self.handle)),
+                    SIGHUP => on_hangup(&self.handle),
                     signal => {
                         tracing::info!("{}: the disk is closed", signals::name(signal));
                         return Ok(());
@@ -146,34 +146,41 @@ impl Server {
                 self.end(session);
             }
             if self.session.is_none() {
-                self.accept()?;
+                self.accept();
             }
         }
     }
 
-    /// Begins to serve the next front end, if there is one.
-    fn accept(&mut self) -> Result<()> {
-        let failed = |error: io::Error| Error::failed(format!("cannot serve: {error}"));
-        let Some(stream) = self.listener.accept().map_err(failed)? else {
-            return Ok(());
+    /// Begins to serve the next front end, if there is one and the host has room for it.
+    fn accept(&mut self) {
+        match self.next_session() {
+            Ok(session) => self.session = session,
+            Err(error) => {
+                self.warn(&format!("it cannot be served: {error}"));
+                // It waits in the listener's queue still, or another one will.
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
+
+    fn next_session(&self) -> io::Result<Option<Session>> {
+        let Some(stream) = self.listener.accept()? else {
+            return Ok(None);
         };
-        let ours = stream.try_clone().map_err(failed)?;
-        let (disk, ended) = (Arc::clone(&self.disk), self.ended.try_clone());
-        let on_end = OnEnd(ended.map_err(failed)?);
+        let ours = stream.try_clone()?;
+        let (disk, on_end) = (Arc::clone(&self.disk), OnEnd(self.ended.try_clone()?));
         let thread = thread::Builder::new()
             .name("front end".into())
             .spawn(move || {
                 // In this order: the disk is free when the end is told.
                 let _on_end = on_end;
                 session::serve(stream, disk)
-            })
-            .map_err(failed)?;
+            })?;
         tracing::info!("a front end has connected");
-        self.session = Some(Session {
+        Ok(Some(Session {
             stream: ours,
             thread,
-        });
-        Ok(())
+        }))
     }
 
     /// A session is over, or about to be.

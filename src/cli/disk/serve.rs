@@ -14,7 +14,7 @@ use crate::cli::target::Target;
 use crate::cli::up;
 use crate::config::size;
 use crate::devices::virtio::blk::{Blk, BlkHandle, BlkOptions};
-use crate::serve::{Server, Wish};
+use crate::serve::Server;
 use crate::signals::Signals;
 use crate::{Error, Result, exit, sources, vm};
 
@@ -29,7 +29,7 @@ use crate::{Error, Result, exit, sources, vm};
     after_help = "In QEMU, whose guest memory must be shared, with `size` the guest's:\n  \
                   qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=ram,size=1G,share=on \\\n    \
                   -machine q35,memory-backend=ram -chardev socket,id=disk0,path=disk.sock,reconnect-ms=1000 \\\n    \
-                  -device vhost-user-blk-pci,chardev=disk0\n\n\
+                  -device vhost-user-blk-pci,chardev=disk0,num-queues=1\n\n\
                   Examples:\n  launcher disk serve disk.qcow2 --socket disk.sock\n  \
                   launcher disk serve vm.toml ROOT --socket /run/root.sock\n  \
                   launcher disk serve /dev/sdb --format raw --o-direct --queues 4 --socket disk.sock"
@@ -82,8 +82,6 @@ struct Opened {
 
 impl Serve {
     pub(super) fn run(self) -> Result<u8> {
-        // Before the image is open: a signal while it is being opened ends us orderly.
-        let mut signals = Signals::catch_only(&[SIGTERM, SIGINT, SIGHUP, SIGQUIT])?;
         let opened = match &self.disk {
             None => self.lone.open(&self.what)?,
             Some(disk) => of_vm(&self.what, disk)?,
@@ -94,6 +92,8 @@ impl Serve {
             format,
             ro,
         } = opened;
+        // Until here a signal ends us at once: nothing was written yet.
+        let mut signals = Signals::catch_only(&[SIGTERM, SIGINT, SIGHUP, SIGQUIT])?;
         let size = size::show(disk.handle().size());
         let server = Server::new(disk, &self.socket)?;
         complain(&format!(
@@ -103,7 +103,7 @@ impl Serve {
             self.socket.display()
         ));
         let raw = raw_name(&format);
-        server.run(&mut signals, &mut |Wish::Look(handle)| {
+        server.run(&mut signals, &mut |handle| {
             let looked = self.wanted(raw.then_some(&path));
             let said = looked.and_then(|wanted| match wanted {
                 Some(wanted) => resize(handle, wanted),
