@@ -11,6 +11,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use super::open::text;
 use crate::OpenError;
@@ -38,22 +40,37 @@ impl Drop for Lock {
     }
 }
 
+/// How long a lock is waited for that no process is seen to hold: when one was killed, the kernel
+/// closes what its io_uring had open a little after it is gone.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// Takes the locks of a reader or a writer on an open file.
 ///
 /// Readers share; a writer, like a guest's disk in QEMU, suffers no other writer, and neither
 /// writer nor reader suffers one that is there already.
 pub(super) fn lock(file: BorrowedFd<'_>, path: &Path, ro: bool) -> Result<Lock, OpenError> {
+    let begin = Instant::now();
+    loop {
+        match try_lock(file, path, ro)? {
+            Ok(lock) => return Ok(lock),
+            Err(byte) => match holder(file, byte) {
+                None if begin.elapsed() < PATIENCE => thread::sleep(Duration::from_millis(10)),
+                holder => return Err(held(path, byte, holder)),
+            },
+        }
+    }
+}
+
+/// The lock, or the byte that someone else has locked.
+fn try_lock(file: BorrowedFd<'_>, path: &Path, ro: bool) -> Result<Result<Lock, i64>, OpenError> {
     let taken = file.try_clone_to_owned().map(Lock).and_then(|lock| {
         let conflict = take(file, ro)?;
         Ok((lock, conflict))
     });
     match taken {
-        Ok((lock, None)) => Ok(lock),
-        Ok((lock, Some(byte))) => {
-            // The holder is looked for among those who have locks.
-            drop(lock);
-            Err(held(file, path, byte))
-        }
+        Ok((lock, None)) => Ok(Ok(lock)),
+        // Ours is dropped: the holder is looked for among those who have locks.
+        Ok((_, Some(byte))) => Ok(Err(byte)),
         Err(error) => Err(OpenError {
             message: format!("cannot lock `{}`: {}", path.display(), text(&error)),
             help: Some("set `lock = false` if nothing else uses the image".into()),
@@ -113,8 +130,8 @@ fn request(
 }
 
 /// The error for a lock on `byte` that someone else holds.
-fn held(file: BorrowedFd<'_>, path: &Path, byte: i64) -> OpenError {
-    let holder = holder(file, byte).unwrap_or_else(|| "another process".into());
+fn held(path: &Path, byte: i64, holder: Option<String>) -> OpenError {
+    let holder = holder.unwrap_or_else(|| "another process".into());
     let path = path.display();
     OpenError {
         message: if byte < DENIED {
