@@ -6,6 +6,7 @@
 mod command;
 mod guest;
 mod hostile;
+mod library;
 mod messages;
 mod requests;
 mod sessions;

@@ -158,7 +158,10 @@ fn requests_are_resumed_in_the_order_in_which_they_were_taken() {
     let image = folder.raw("disk.img", MIB);
     let server = folder.serve(&["disk.img"]);
     let mut guest = Guest::new(1);
-    drop(guest.attach_recording(&server.socket));
+    let front = guest.attach_recording(&server.socket);
+    // Stopped: what comes now is not taken by this server.
+    assert_eq!(front.frontend.get_vring_base(0).unwrap(), 0);
+    drop(front);
     // As if a server had taken the first three of four, one of which it has answered in the used
     // ring, but has not said so in its record; and then it was killed.
     for slot in 0..4 {
