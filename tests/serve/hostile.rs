@@ -410,3 +410,39 @@ fn messages_at_random_end_nothing_but_connections() {
     server.end();
     assert!(fs::read(&image).unwrap() == before);
 }
+
+#[test]
+fn eventfds_that_are_read_or_filled_by_the_front_end_hold_nothing_up() {
+    let folder = Folder::new();
+    folder.raw("disk.img", MIB);
+    let server = folder.serve(&["disk.img"]);
+    for flags in [0, EFD_NONBLOCK] {
+        let mut guest = Guest::new(1);
+        let front = guest.attach(&server.socket);
+        let kick = EventFd::new(flags).unwrap();
+        let call = EventFd::new(flags).unwrap();
+        call.write(u64::MAX - 1).unwrap();
+        front.frontend.set_vring_call(0, &call).unwrap();
+        front.frontend.set_vring_kick(0, &kick).unwrap();
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // Whatever wakes the server by this eventfd may be taken before it looks.
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = kick.write(1);
+                    let _ = kick.read();
+                }
+            });
+            for slot in 0..SLOTS {
+                guest.offer(0, slot, IN, 0, 512);
+                kick.write(1).unwrap();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+            drop(front);
+            expect_sound(&server);
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            kick.write(1).unwrap();
+        });
+    }
+    server.end();
+}

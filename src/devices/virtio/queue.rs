@@ -206,3 +206,92 @@ impl Virtqueue {
         Ok(wanted)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::devices::virtio::testing::{Driver, Line, guest_memory};
+
+    /// A record that writes down what it is told.
+    #[derive(Clone, Default)]
+    struct Told {
+        resume: Vec<u16>,
+        words: Arc<Mutex<Vec<String>>>,
+    }
+
+    impl Told {
+        fn tell(&self, word: String) {
+            self.words.lock().unwrap().push(word);
+        }
+    }
+
+    impl Record for Told {
+        fn resume(&mut self) -> Vec<u16> {
+            std::mem::take(&mut self.resume)
+        }
+
+        fn taken(&mut self, head: u16) {
+            self.tell(format!("taken {head}"));
+        }
+
+        fn returning(&mut self, head: u16) {
+            self.tell(format!("returning {head}"));
+        }
+
+        fn returned(&mut self, head: u16, used: u16) {
+            self.tell(format!("returned {head}, used {used}"));
+        }
+    }
+
+    fn virtqueue(driver: &Driver, record: Told) -> io::Result<Virtqueue> {
+        let memory = Rc::new(GuestMemory::clone(&driver.memory));
+        let mut active = driver.active();
+        active.queue.set_next_avail(record.resume.len() as u16);
+        active.record = Some(Box::new(record));
+        let line: Arc<dyn Interrupt> = Arc::new(Line::default());
+        Ok(Virtqueue::new(active, &memory, 0, &line)?.0)
+    }
+
+    fn driver() -> Driver {
+        Driver::new(&guest_memory(), &Arc::default(), 0, 8, 8, 0)
+    }
+
+    fn take(queue: &mut Virtqueue) -> Vec<u16> {
+        let mut heads = Vec::new();
+        queue.take(|head| heads.push(head)).unwrap();
+        heads
+    }
+
+    #[test]
+    fn heads_of_an_earlier_device_are_taken_first_and_recorded_once() {
+        let mut driver = driver();
+        for head in [4, 2, 6] {
+            driver.offer(head);
+        }
+        driver.publish();
+        let told = Told {
+            resume: vec![2, 4],
+            ..Told::default()
+        };
+        let mut queue = virtqueue(&driver, told.clone()).unwrap();
+        assert_eq!(take(&mut queue), [2, 4]);
+        assert_eq!(take(&mut queue), [6]);
+        queue.give_back(4, 0).unwrap();
+        assert_eq!(driver.used_index(), 1);
+        let words = told.words.lock().unwrap();
+        assert_eq!(*words, ["taken 6", "returning 4", "returned 4, used 1"]);
+    }
+
+    #[test]
+    fn a_record_of_heads_that_a_virtqueue_has_not_is_refused() {
+        for resume in [vec![8], vec![0; 9]] {
+            let told = Told {
+                resume,
+                ..Told::default()
+            };
+            assert!(virtqueue(&driver(), told).is_err());
+        }
+    }
+}
