@@ -65,9 +65,10 @@ impl Backend {
         self.protocol & feature.bits() != 0
     }
 
-    /// Whether a message that asks for an answer gets one.
+    /// Whether a message that asks for an answer gets one: from the negotiation of vhost-user's
+    /// own features on, which comes before that of virtio's.
     pub(super) fn acknowledges(&self) -> bool {
-        self.features & PROTOCOL_FEATURES != 0 && self.has(VhostUserProtocolFeatures::REPLY_ACK)
+        self.has(VhostUserProtocolFeatures::REPLY_ACK)
     }
 
     pub(super) fn calls(&self) -> &Calls {

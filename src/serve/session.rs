@@ -28,20 +28,34 @@ pub(super) fn serve(stream: UnixStream, disk: Arc<Mutex<Blk>>) -> io::Result<()>
     let backend = Arc::new(Mutex::new(Backend::new(disk)));
     let mut handler = BackendReqHandler::from_stream(stream.try_clone()?, Arc::clone(&backend));
     loop {
-        let handled = match is_channel(&stream)? {
-            true => take_channel(&stream, &mut lock(&backend)),
-            false => handler.handle_request().map_err(|error| match error {
-                Error::ReqHandlerError(error) => error,
-                Error::Disconnected => io::ErrorKind::UnexpectedEof.into(),
-                error => io::Error::other(error.to_string()),
-            }),
-        };
-        match handled {
+        match next(&stream, &backend, &mut handler) {
             Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+            Err(error) if is_gone(&error) => return Ok(()),
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Takes the next message, and does what it says.
+fn next(
+    stream: &UnixStream,
+    backend: &Mutex<Backend>,
+    handler: &mut BackendReqHandler<Mutex<Backend>>,
+) -> io::Result<()> {
+    if is_channel(stream)? {
+        return take_channel(stream, &mut lock(backend));
+    }
+    handler.handle_request().map_err(|error| match error {
+        Error::ReqHandlerError(error) | Error::SocketBroken(error) => error,
+        Error::Disconnected => io::ErrorKind::UnexpectedEof.into(),
+        error => io::Error::other(error.to_string()),
+    })
+}
+
+/// Whether the front end has closed the connection, with answers to read still or without.
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), UnexpectedEof | BrokenPipe | ConnectionReset)
 }
 
 /// Whether the next message brings the channel for messages to the front end. The library has a

@@ -170,6 +170,12 @@ impl Guest {
         }
     }
 
+    /// The descriptors of a virtqueue's kick and call.
+    pub(crate) fn events(&self, index: usize) -> [std::os::fd::RawFd; 2] {
+        let queue = &self.queues[index];
+        [queue.kick.as_raw_fd(), queue.call.as_raw_fd()]
+    }
+
     fn at(index: usize, at: u64) -> GuestAddress {
         GuestAddress(QUEUE * index as u64 + at)
     }

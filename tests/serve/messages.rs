@@ -19,12 +19,17 @@ pub(crate) const SET_VRING_BASE: u32 = 10;
 pub(crate) const GET_VRING_BASE: u32 = 11;
 pub(crate) const SET_VRING_KICK: u32 = 12;
 pub(crate) const SET_VRING_CALL: u32 = 13;
+pub(crate) const SET_VRING_ERR: u32 = 14;
+pub(crate) const GET_PROTOCOL_FEATURES: u32 = 15;
 pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
+pub(crate) const GET_QUEUE_NUM: u32 = 17;
 pub(crate) const SET_VRING_ENABLE: u32 = 18;
 pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
 pub(crate) const GET_CONFIG: u32 = 24;
 pub(crate) const GET_INFLIGHT_FD: u32 = 31;
 pub(crate) const SET_INFLIGHT_FD: u32 = 32;
+pub(crate) const RESET_DEVICE: u32 = 34;
+pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
 pub(crate) const ADD_MEM_REG: u32 = 37;
 pub(crate) const REM_MEM_REG: u32 = 38;
 
@@ -81,6 +86,23 @@ impl Raw {
         if !rest.is_empty() {
             let _ = (&self.0).write_all(rest);
         }
+    }
+
+    /// Sends a message that asks for an answer; its content, and that of the answer.
+    pub(crate) fn ask(&self, request: u32, body: &[u8], files: &[RawFd]) -> Vec<u64> {
+        let header = [request, 1 | 8, body.len() as u32].map(u32::to_ne_bytes);
+        self.send_bytes(&[header.as_flattened(), body].concat(), files);
+        let mut header = [0; 12];
+        (&self.0).read_exact(&mut header).unwrap();
+        let word = |at: usize| u32::from_ne_bytes(header[at..][..4].try_into().unwrap());
+        assert_eq!((word(0), word(4)), (request, 1 | 4));
+        let mut body = vec![0; word(8) as usize];
+        (&self.0).read_exact(&mut body).unwrap();
+        body.resize(body.len().next_multiple_of(8), 0);
+        let words = body.chunks(8);
+        words
+            .map(|word| u64::from_ne_bytes(word.try_into().unwrap()))
+            .collect()
     }
 
     /// Waits until the server hangs up; answers are skipped.

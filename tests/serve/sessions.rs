@@ -1,13 +1,17 @@
 //! Front ends that come and go, and servers that are killed.
 
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vm_memory::Bytes;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::guest::*;
+use crate::messages::*;
 use crate::{Folder, MIB, bytes};
 
 #[test]
@@ -256,4 +260,66 @@ fn a_device_that_was_reset_begins_anew() {
     assert_eq!(guest.wait(0), (0, 0));
     assert_eq!(guest.read(4, 512), [0xaa; 512]);
     server.end();
+}
+
+#[test]
+fn messages_come_in_the_order_in_which_qemu_sends_them() {
+    let folder = Folder::new();
+    folder.raw("disk.img", MIB);
+    let server = folder.serve(&["disk.img"]);
+    let mut guest = Guest::new(1);
+    let qemu = Raw::connect(&server.socket);
+    let offered = qemu.ask(GET_FEATURES, &[], &[])[0];
+    let protocol = qemu.ask(GET_PROTOCOL_FEATURES, &[], &[])[0];
+    qemu.send(SET_PROTOCOL_FEATURES, &words(&[protocol]), &[]);
+    assert_eq!(qemu.ask(GET_QUEUE_NUM, &[], &[]), [1]);
+    assert!(qemu.ask(GET_MAX_MEM_SLOTS, &[], &[])[0] >= 8);
+    // Before any feature of virtio is negotiated, and with an answer.
+    let (ours, _theirs) = UnixStream::pair().unwrap();
+    let channel = [ours.as_raw_fd()];
+    assert_eq!(qemu.ask(SET_BACKEND_REQ_FD, &[], &channel), [0]);
+    qemu.send(SET_OWNER, &[], &[]);
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    let event = [event.as_raw_fd()];
+    qemu.send(SET_VRING_CALL, &words(&[0]), &event);
+    qemu.send(SET_VRING_ERR, &words(&[0]), &event);
+    let config = [&words(&[pair(0, 60)])[..], &[0; 64]].concat();
+    assert_eq!(qemu.ask(GET_CONFIG, &config, &[]).len(), 9);
+    // The guest's driver is ready; and later it resets the device, and is ready again.
+    for round in 0..3 {
+        let features = words(&[offered]);
+        assert_eq!(qemu.ask(SET_FEATURES, &features, &[]), [0]);
+        let region = guest.region();
+        let place = words(&[0, 0, region.memory_size, region.userspace_addr, 0]);
+        if round == 0 {
+            let memory = [guest.file.as_raw_fd()];
+            assert_eq!(qemu.ask(ADD_MEM_REG, &place, &memory), [0]);
+        }
+        let rings = guest.rings(0);
+        let used = guest.load(0, USED + 2);
+        qemu.send(SET_VRING_NUM, &words(&[pair(0, SIZE.into())]), &[]);
+        qemu.send(SET_VRING_BASE, &words(&[pair(0, used.into())]), &[]);
+        let addresses = [
+            0,
+            rings.desc_table_addr,
+            rings.used_ring_addr,
+            rings.avail_ring_addr,
+            0,
+        ];
+        qemu.send(SET_VRING_ADDR, &words(&addresses), &[]);
+        let [kick, call] = guest.events(0);
+        qemu.send(SET_VRING_KICK, &words(&[0]), &[kick]);
+        qemu.send(SET_VRING_CALL, &words(&[0]), &[call]);
+        let enable = words(&[pair(0, 1)]);
+        assert_eq!(qemu.ask(SET_VRING_ENABLE, &enable, &[]), [0]);
+        for sector in 0..5 {
+            assert!(guest.read(sector, 512) == [sector as u8; 512]);
+        }
+        let enable = words(&[pair(0, 0)]);
+        assert_eq!(qemu.ask(SET_VRING_ENABLE, &enable, &[]), [0]);
+        let stopped = qemu.ask(GET_VRING_BASE, &words(&[pair(0, 0)]), &[]);
+        assert_eq!(stopped, [pair(0, 5 * (round + 1))]);
+        assert_eq!(qemu.ask(RESET_DEVICE, &[], &[]), [0]);
+    }
+    assert_eq!(server.end(), "");
 }
