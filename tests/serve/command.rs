@@ -126,6 +126,18 @@ fn options_of_an_image_are_not_for_a_disk_of_a_vm() {
 }
 
 #[test]
+fn a_vm_without_a_disk_is_told_from_an_image() {
+    let folder = Folder::new();
+    let (code, said) = folder.refused(&["vm.toml"]);
+    assert_eq!(code, 2);
+    assert_eq!(
+        said,
+        "error: `vm.toml` is the file of a VM, expected an image, or a disk too\n\
+         help: name the disk: `launcher disk serve vm.toml 0 --socket SOCKET`\n"
+    );
+}
+
+#[test]
 fn a_disk_of_a_vm_has_what_its_file_says() {
     let folder = Folder::new();
     let image = folder.raw("disk.img", MIB);

@@ -323,3 +323,25 @@ fn messages_come_in_the_order_in_which_qemu_sends_them() {
     }
     assert_eq!(server.end(), "");
 }
+
+#[test]
+fn a_front_end_that_asks_for_nothing_costs_nothing() {
+    let folder = Folder::new();
+    folder.raw("disk.img", MIB);
+    let server = folder.serve(&["disk.img"]);
+    // Hundredths of a second of processor time, of its own and of the kernel.
+    let spent = || -> u64 {
+        let path = format!("/proc/{}/stat", server.child.id());
+        let text = std::fs::read_to_string(path).unwrap();
+        let (_, after_name) = text.rsplit_once(") ").unwrap();
+        let fields: Vec<_> = after_name.split(' ').collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    let mut guest = Guest::new(1);
+    let _front = guest.attach(&server.socket);
+    assert!(guest.read(1, 512) == [1; 512]);
+    let before = spent();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(spent() - before <= 2);
+    server.end();
+}

@@ -158,6 +158,13 @@ fn resize(handle: &BlkHandle, wanted: u64) -> Result<String> {
 
 impl Lone {
     fn open(&self, path: &Path) -> Result<Opened> {
+        if self.format.is_none() && path.extension().is_some_and(|it| it == "toml") {
+            let shown = path.display();
+            let message =
+                format!("`{shown}` is the file of a VM, expected an image, or a disk too");
+            let help = format!("name the disk: `launcher disk serve {shown} 0 --socket SOCKET`");
+            return Err(Error::usage(message).help(help));
+        }
         let format = format_of(path, self.format.as_deref(), Some("format"))?;
         let image = Image::new(path);
         let image = Image {
