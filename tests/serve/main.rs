@@ -8,6 +8,8 @@ mod guest;
 mod hostile;
 mod library;
 mod messages;
+#[path = "../program/mod.rs"]
+mod program;
 mod requests;
 mod sessions;
 
@@ -20,6 +22,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+
+use self::program::{Done, launcher};
 
 const MIB: u64 = 1 << 20;
 
@@ -56,16 +60,13 @@ impl Folder {
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_launcher"));
+        let folder = self.0.path();
+        let mut command = launcher(folder, folder, &["disk", "serve"]);
         command
-            .args(["disk", "serve"])
             .args(arguments)
             .args(["--socket", "disk.sock"])
-            .current_dir(&self.0)
-            .env("XDG_RUNTIME_DIR", self.0.path())
-            .env("XDG_STATE_HOME", self.0.path())
-            .env("XDG_CACHE_HOME", self.0.path())
-            .stdin(Stdio::null());
+            .env("XDG_STATE_HOME", folder)
+            .env("XDG_CACHE_HOME", folder);
         command
     }
 
@@ -88,11 +89,9 @@ impl Folder {
 
     /// What a server that does not start does.
     fn refused(&self, arguments: &[&str]) -> (i32, String) {
-        let output = self.command(arguments).output().unwrap();
-        (
-            output.status.code().unwrap(),
-            String::from_utf8(output.stderr).unwrap(),
-        )
+        let Done { code, out, err } = self.command(arguments).output().unwrap().into();
+        assert_eq!(out, "");
+        (code, err)
     }
 }
 
