@@ -154,6 +154,10 @@ impl Disk for Turned {
         Box::pin(self.file.flush())
     }
 
+    fn volatile(&self) -> bool {
+        false
+    }
+
     fn discard(&self, offset: u64, len: u64) -> Pending<'_> {
         Box::pin(self.file.discard(offset, len))
     }

@@ -65,6 +65,16 @@ pub trait Disk {
     /// Makes every write that completed before this call durable.
     fn flush(&self) -> Pending<'_>;
 
+    /// Whether a write that has completed may live in this process only, and be lost with it if
+    /// it is killed now: tables in memory, until a flush writes them. What the host's page cache
+    /// has is not lost.
+    ///
+    /// Asked after every write where somebody has to know: it is cheap. A format that says nothing
+    /// is taken to lose them.
+    fn volatile(&self) -> bool {
+        true
+    }
+
     /// Tells that the bytes are no longer needed. They read as zeroes or as before.
     fn discard(&self, offset: u64, len: u64) -> Pending<'_>;
 

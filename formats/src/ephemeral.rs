@@ -177,6 +177,10 @@ impl Disk for Ephemeral {
         Box::pin(std::future::ready(Ok(())))
     }
 
+    fn volatile(&self) -> bool {
+        true
+    }
+
     fn discard(&self, offset: u64, len: u64) -> Pending<'_> {
         self.write_zeroes(offset, len, true)
     }

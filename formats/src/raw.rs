@@ -260,6 +260,10 @@ impl Disk for Raw {
         }
     }
 
+    fn volatile(&self) -> bool {
+        false
+    }
+
     fn discard(&self, offset: u64, len: u64) -> Pending<'_> {
         match self.discard_granularity {
             0 => Box::pin(std::future::ready(Err(io::ErrorKind::Unsupported.into()))),

@@ -301,6 +301,10 @@ impl Disk for Qcow2Rs {
         Box::pin(self.flush_all())
     }
 
+    fn volatile(&self) -> bool {
+        !self.ro && self.dev.need_flush_meta()
+    }
+
     fn discard(&self, _: u64, _: u64) -> Pending<'_> {
         Box::pin(std::future::ready(Err(io::ErrorKind::Unsupported.into())))
     }

@@ -1,10 +1,10 @@
 //! What any format should manage before anything else, as a test of one's own format can call it.
 
 use std::error::Error;
-use std::io;
 use std::path::Path;
+use std::{fs, io};
 
-use crate::{Buffer, Disk, Engine, Image, Ring, Segments};
+use crate::{Buffer, Disk, Engine, Format, Image, Ring, Segments};
 
 /// Size of the disk at first, and what it is made larger to.
 const SIZE: u64 = 1 << 20;
@@ -13,7 +13,8 @@ const LEN: usize = 4096;
 const OFFSET: u64 = 64 << 10;
 
 /// Creates an image in `folder`, of the format of that name with its default options, writes, zeroes, discards
-/// and enlarges it, and opens it again: what was written is there, all else reads as zeroes.
+/// and enlarges it, and opens it again: what was written is there, all else reads as zeroes. Where it says
+/// that nothing is [volatile](Disk::volatile), and after a flush, that is also so if its process is killed.
 ///
 /// # Errors
 ///
@@ -30,6 +31,27 @@ pub fn first_steps(name: &str, folder: &Path) -> Result<(), Box<dyn Error>> {
         is("the size", disk.size(), SIZE)?;
         for offset in [OFFSET, 2 * OFFSET, 3 * OFFSET] {
             disk.write(offset, filled(7)?).await?;
+        }
+        if !disk.volatile() {
+            killed(
+                format,
+                &ring,
+                &image,
+                "the data of a process that was killed",
+            )
+            .await?;
+        }
+        disk.flush().await?;
+        killed(format, &ring, &image, "what was flushed and then killed").await?;
+        disk.write(OFFSET, filled(7)?).await?;
+        if !disk.volatile() {
+            killed(
+                format,
+                &ring,
+                &image,
+                "what was written again and then killed",
+            )
+            .await?;
         }
         disk.write_zeroes(2 * OFFSET, LEN as u64, true).await?;
         let limits = disk.limits();
@@ -66,6 +88,30 @@ pub fn first_steps(name: &str, folder: &Path) -> Result<(), Box<dyn Error>> {
         Ok(())
     };
     ring.block_on(again, || {})
+}
+
+/// Opens a copy of the image as it is now, as if the process that has it open were killed, and looks
+/// at what was written.
+async fn killed(
+    format: &Format,
+    ring: &Ring,
+    image: &Image,
+    what: &str,
+) -> Result<(), Box<dyn Error>> {
+    let path = image.path.with_extension("killed");
+    fs::copy(&image.path, &path)?;
+    let copy = Image {
+        ro: true,
+        size: None,
+        ..Image::new(&path)
+    };
+    let disk = (format.open)(ring, &copy).await?;
+    for offset in [OFFSET, 2 * OFFSET, 3 * OFFSET] {
+        is(what, read(&*disk, offset).await?, vec![7; LEN])?;
+    }
+    disk.close().await?;
+    fs::remove_file(path)?;
+    Ok(())
 }
 
 fn filled(byte: u8) -> io::Result<Segments> {

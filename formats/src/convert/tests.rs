@@ -89,6 +89,9 @@ impl Disk for Lossy {
     fn flush(&self) -> Pending<'_> {
         self.0.flush()
     }
+    fn volatile(&self) -> bool {
+        self.0.volatile()
+    }
     fn discard(&self, offset: u64, len: u64) -> Pending<'_> {
         self.0.discard(offset, len)
     }

@@ -137,3 +137,13 @@ fn an_image_that_does_not_exist_is_not_created() {
     );
     assert!(!path.exists());
 }
+
+#[test]
+fn what_is_written_is_volatile_flushed_or_not() {
+    let ring = Ring::new(Engine::Auto).unwrap();
+    let (_directory, path, _) = base(&[1; 65536]);
+    let disk = open(&ring, &image(&path)).unwrap();
+    run(&ring, disk.write(4096, segments(&[2; 4096]))).unwrap();
+    run(&ring, disk.flush()).unwrap();
+    assert!(disk.volatile());
+}

@@ -87,6 +87,12 @@ impl Qcow2 {
             && !self.alloc.borrow().has_unlinked()
     }
 
+    /// Whether tables that say where the guest's data lies are in memory only. Until a commit has
+    /// come to its end, those that it writes are.
+    pub(super) fn is_volatile(&self) -> bool {
+        self.writing_tables.get() || self.l2.borrow().is_dirty() || self.l1.borrow().is_dirty()
+    }
+
     fn begin_commit(&self) -> io::Result<Pending> {
         let refcount_table = self.refcount_table.borrow_mut().take_changes()?;
         let mut l1 = self.l1.borrow_mut();
@@ -98,6 +104,8 @@ impl Qcow2 {
             }
         };
         let slices = self.l2.borrow_mut().take_dirty();
+        self.writing_tables
+            .set(!slices.is_empty() || !changes.is_empty());
         let place = |dirty: &Dirty| {
             let table = l1.at(self.l1_index_of_slice(dirty.number)) & OFFSET_MASK;
             let offset = table + self.offset_in_l2_table(dirty.number);
@@ -133,6 +141,8 @@ impl Qcow2 {
     }
 
     fn end_commit(&self, pending: Pending, done: bool) {
+        // What could not be written is dirty again.
+        self.writing_tables.set(false);
         let numbers = pending.slices.iter().map(|dirty| dirty.number);
         self.l2.borrow_mut().settle(numbers, done);
         if done {

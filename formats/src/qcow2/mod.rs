@@ -124,6 +124,8 @@ struct Qcow2 {
     commits_begun: Cell<u64>,
     /// The number of the last commit that succeeded.
     committed: Cell<u64>,
+    /// A commit under way writes tables that say where the guest's data lies.
+    writing_tables: Cell<bool>,
     /// Damage was met: the disk is changed no more, and no cluster is freed.
     condemned: Cell<bool>,
     /// Clusters could not be freed, the last time that was tried.
@@ -162,6 +164,10 @@ impl Disk for Qcow2 {
             true => Box::pin(std::future::ready(Ok(()))),
             false => Box::pin(self.commit()),
         }
+    }
+
+    fn volatile(&self) -> bool {
+        self.is_volatile()
     }
 
     fn discard(&self, offset: u64, len: u64) -> Pending<'_> {

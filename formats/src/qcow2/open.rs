@@ -195,6 +195,7 @@ async fn load(ring: &Ring, image: &Image, file: HostFile) -> Result<Qcow2, OpenE
         giving_back: Default::default(),
         commits_begun: Cell::new(0),
         committed: Cell::new(0),
+        writing_tables: Cell::default(),
         condemned: Cell::new(false),
         retire_failed: Cell::new(false),
         file,

@@ -8,7 +8,7 @@ use std::rc::Rc;
 use super::{MIB, check, new_image, read, write};
 use crate::qcow2::testing::qemu_check;
 use crate::testing::{directory, image, open, run, segments};
-use crate::{Attempt, Disk, Fault, Ring, What};
+use crate::{Attempt, Disk, Fault, Image, Ring, What};
 
 /// Tells every attempt to write and to synchronise, in order.
 fn watch(ring: &Ring) -> Rc<RefCell<Vec<Attempt>>> {
@@ -198,6 +198,113 @@ fn an_image_whose_refcounts_were_postponed_has_them_counted_when_it_is_opened() 
     let disk = open(&ring, "qcow2", &image(&path)).unwrap();
     assert_eq!(read(&ring, &*disk, MIB, 4096), [1; 4096]);
     write(&ring, &*disk, 2 * MIB, &[2; 4096]);
+    run(&ring, disk.close()).unwrap();
+    check(&path);
+}
+
+/// What a process that is killed now leaves, opened by another one.
+fn killed(ring: &Ring, path: &Path, look: impl FnOnce(&dyn Disk)) {
+    let copy = path.with_extension("killed.qcow2");
+    std::fs::copy(path, &copy).unwrap();
+    let disk = open(
+        ring,
+        "qcow2",
+        &Image {
+            ro: true,
+            ..image(&copy)
+        },
+    )
+    .unwrap();
+    look(&*disk);
+    run(ring, disk.close()).unwrap();
+}
+
+#[test]
+fn what_an_image_has_no_tables_for_yet_is_volatile_until_it_is_flushed() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let disk = open(&ring, "qcow2", &new_image(&path, 64 * MIB, &[])).unwrap();
+    assert!(!disk.volatile());
+    write(&ring, &*disk, 0, &[1; 4096]);
+    assert!(disk.volatile());
+    killed(&ring, &path, |disk| {
+        assert_eq!(read(&ring, disk, 0, 4096), [0; 4096])
+    });
+    run(&ring, disk.flush()).unwrap();
+    assert!(!disk.volatile());
+    // In place: the host has it.
+    write(&ring, &*disk, 512, &[2; 512]);
+    assert!(!disk.volatile());
+    let content = [[1; 512], [2; 512]].concat();
+    killed(&ring, &path, |disk| {
+        assert_eq!(read(&ring, disk, 0, 1024), content)
+    });
+    run(&ring, disk.write_zeroes(0, 65536, true)).unwrap();
+    assert!(disk.volatile());
+    run(&ring, disk.close()).unwrap();
+}
+
+#[test]
+fn what_a_flush_is_writing_or_could_not_write_is_volatile() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let disk = Rc::new(open(&ring, "qcow2", &new_image(&path, 64 * MIB, &[])).unwrap());
+    write(&ring, &**disk, 0, &[1; 4096]);
+    let states = Rc::new(RefCell::new(Vec::new()));
+    let (watched, seen) = (Rc::clone(&disk), Rc::clone(&states));
+    ring.inject(move |attempt| {
+        if attempt.what == What::Sync {
+            seen.borrow_mut().push(watched.volatile());
+        }
+        None
+    });
+    run(&ring, disk.flush()).unwrap();
+    // After refcounts, after L2 tables, after the L1 table: only then is it told.
+    assert_eq!(*states.borrow(), [true; 3]);
+    assert!(!disk.volatile());
+    write(&ring, &**disk, MIB, &[1; 4096]);
+    ring.inject(|attempt| (attempt.what == What::Write).then_some(Fault::Errno(libc::EIO)));
+    run(&ring, disk.flush()).unwrap_err();
+    assert!(disk.volatile());
+    ring.inject(|_| None);
+    run(&ring, disk.flush()).unwrap();
+    assert!(!disk.volatile());
+}
+
+#[test]
+fn a_process_that_is_killed_loses_nothing_that_was_not_volatile() {
+    let ring = Ring::new(Default::default()).unwrap();
+    let directory = directory();
+    let path = directory.path().join("a.qcow2");
+    let size = [("cluster_size", crate::OptionValue::Number(4096))];
+    let disk = open(&ring, "qcow2", &new_image(&path, MIB, &size)).unwrap();
+    let mut random = crate::testing::Random::new(4711);
+    let mut model = vec![0; MIB as usize];
+    let mut looks = 0;
+    for number in 0..600 {
+        let (offset, len) = (random.below(2000) * 512, (1 + random.below(24)) * 512);
+        let range = offset as usize..(offset + len) as usize;
+        match random.below(8) {
+            0 => run(&ring, disk.flush()).unwrap(),
+            1 => {
+                run(&ring, disk.write_zeroes(offset, len, true)).unwrap();
+                model[range].fill(0);
+            }
+            _ => {
+                model[range].fill(number as u8);
+                write(&ring, &*disk, offset, &vec![number as u8; len as usize]);
+            }
+        }
+        if !disk.volatile() {
+            looks += 1;
+            killed(&ring, &path, |disk| {
+                assert!(read(&ring, disk, 0, model.len()) == model, "after {number}");
+            });
+        }
+    }
+    assert!(looks > 100, "{looks}");
     run(&ring, disk.close()).unwrap();
     check(&path);
 }
