@@ -19,8 +19,9 @@ use super::calls::{self, Calls};
 use super::inflight::{self, InFlight};
 use super::memory::{MAX_REGIONS, Place, Regions};
 use super::ring::{MAX_SIZE, Ring};
+use super::unflushed::{Held, Holder};
 use super::{lock, wrong};
-use crate::devices::virtio::blk::Blk;
+use crate::devices::virtio::blk::{Blk, Unflushed};
 use crate::devices::virtio::{Activation, ActiveQueue, Device, Interrupt, Record};
 
 /// The feature bit of virtio that stands for vhost-user's own features.
@@ -36,6 +37,8 @@ pub(super) struct Backend {
     regions: Regions,
     rings: Vec<Ring>,
     in_flight: Option<InFlight>,
+    unflushed: Option<Arc<Held>>,
+    server: Holder,
     /// As the front end has set them.
     features: u64,
     protocol: u64,
@@ -44,7 +47,7 @@ pub(super) struct Backend {
 }
 
 impl Backend {
-    pub(super) fn new(disk: Arc<Mutex<Blk>>) -> Backend {
+    pub(super) fn new(disk: Arc<Mutex<Blk>>, server: Holder) -> Backend {
         let queues = lock(&disk).queue_max_sizes().len();
         let calls = Arc::new(Calls::new(queues));
         lock(&disk).connect(Arc::clone(&calls) as Arc<dyn Interrupt>);
@@ -54,6 +57,8 @@ impl Backend {
             regions: Regions::default(),
             rings: (0..queues).map(|_| Ring::default()).collect(),
             in_flight: None,
+            unflushed: None,
+            server,
             features: 0,
             protocol: 0,
             config: None,
@@ -156,6 +161,7 @@ impl Backend {
         }
         let features = self.features & !PROTOCOL_FEATURES;
         let mut disk = lock(&self.disk);
+        disk.record_unflushed(self.unflushed.clone().map(|it| it as Arc<dyn Unflushed>));
         disk.negotiated(features);
         if let Some(config) = self.config {
             disk.write_config(0, &config);
@@ -169,13 +175,39 @@ impl Backend {
         })
     }
 
+    /// Goes on with another record of requests in flight, or without, while nothing is served. The
+    /// one before is left as one that says that nothing is unflushed: who has it next may not come
+    /// back before this server has ended.
+    fn record_in(&mut self, memory: Option<InFlight>) {
+        if self.unflushed.take().is_some_and(|held| held.is_ours()) {
+            let handle = lock(&self.disk).handle();
+            if let Err(error) = handle.flush() {
+                tracing::error!("what a front end has written cannot be flushed: {error}");
+            }
+        }
+        let held = memory.as_ref().map(|memory| memory.unflushed(self.server));
+        match &held {
+            Some(Some(held)) if held.is_lost() => tracing::error!(
+                "the server before was killed: writes that it had completed and not flushed are lost; \
+                 the guest's next flush fails, to tell it"
+            ),
+            Some(None) => tracing::warn!(
+                "the front end's record of requests in flight is another program's: \
+                 if writes are lost with a server, nobody will know"
+            ),
+            _ => {}
+        }
+        self.unflushed = held.flatten().map(Arc::new);
+        self.in_flight = memory;
+    }
+
     /// Everything as at the beginning of the connection, but for what was negotiated.
     fn reset(&mut self) -> Result<()> {
         self.stop().map_err(refused)?;
         for ring in &mut self.rings {
             *ring = Ring::default();
         }
-        self.in_flight = None;
+        self.record_in(None);
         self.config = None;
         Ok(())
     }
@@ -187,6 +219,7 @@ impl Drop for Backend {
         if self.stop().is_err() {
             lock(&self.disk).reset();
         }
+        self.record_in(None);
         self.calls.close();
     }
 }
@@ -410,8 +443,8 @@ impl VhostUserBackendReqHandlerMut for Backend {
             )));
         }
         self.change(|this| {
-            let shared = InFlight::open(file, given.mmap_offset, queues, size)?;
-            this.in_flight = Some(shared);
+            let memory = InFlight::open(file, given.mmap_offset, queues, size)?;
+            this.record_in(Some(memory));
             Ok(())
         })
     }

@@ -10,6 +10,8 @@
 //! | 10 | descriptors, u16 | | 8 | counter, u64 |
 //! | 12 | head of the last batch, u16 | | | |
 //! | 14 | used index, u16 | | | |
+//!
+//! Behind them, on a cache line of its own, is what [`unflushed`] keeps.
 
 use std::fs::File;
 use std::io;
@@ -22,6 +24,7 @@ use rustix::fs::{
 };
 use vm_memory::{AtomicAccess, Bytes, FileOffset, MmapRegion, VolatileMemory};
 
+use super::unflushed::{self, Held, Holder};
 use super::wrong;
 use crate::devices::virtio::Record;
 
@@ -53,16 +56,23 @@ fn part(queue_size: u16) -> usize {
 }
 
 /// Bytes of so many virtqueues.
-pub(super) fn len(queues: u16, queue_size: u16) -> usize {
+fn parts(queues: u16, queue_size: u16) -> usize {
     usize::from(queues) * part(queue_size)
 }
 
-/// New memory for so many virtqueues: nothing is in flight.
+/// Bytes of the memory for so many virtqueues.
+pub(super) fn len(queues: u16, queue_size: u16) -> usize {
+    parts(queues, queue_size) + unflushed::LEN
+}
+
+/// New memory for so many virtqueues: nothing is in flight, and nothing unflushed.
 pub(super) fn create(queues: u16, queue_size: u16) -> io::Result<File> {
     let file = memfd_create("inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    let file = File::from(file);
     ftruncate(&file, len(queues, queue_size) as u64)?;
+    unflushed::mark(&file, parts(queues, queue_size))?;
     fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Ok(File::from(file))
+    Ok(file)
 }
 
 impl InFlight {
@@ -78,11 +88,17 @@ impl InFlight {
         if !seals.contains(SealFlags::SHRINK) {
             return Err(wrong("the memory of requests in flight is not sealed"));
         }
-        let size = len(queues, queue_size);
-        let end = offset.checked_add(size as u64);
-        if end.is_none_or(|end| file.metadata().is_ok_and(|meta| meta.len() < end)) {
-            return Err(wrong("the memory of requests in flight is too short"));
-        }
+        let has = file.metadata()?.len();
+        let fits = |size: &usize| {
+            let end = offset.checked_add(*size as u64);
+            end.is_some_and(|end| end <= has)
+        };
+        // Of another program's server it may end where the virtqueues' parts do.
+        let sizes = [len(queues, queue_size), parts(queues, queue_size)];
+        let size = sizes
+            .into_iter()
+            .find(fits)
+            .ok_or_else(|| wrong("the memory of requests in flight is too short"))?;
         let region = MmapRegion::from_file(FileOffset::new(file, offset), size)
             .map_err(|error| wrong(format!("no memory of requests in flight: {error}")))?;
         Ok(InFlight {
@@ -90,6 +106,11 @@ impl InFlight {
             queues,
             queue_size,
         })
+    }
+
+    /// The record of unflushed writes; `None` if the memory is another program's.
+    pub(super) fn unflushed(&self, ours: Holder) -> Option<Held> {
+        Held::find(&self.region, parts(self.queues, self.queue_size), ours)
     }
 
     /// The record of one virtqueue, whose used ring has this index.
@@ -206,6 +227,7 @@ impl Record for Log {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::virtio::blk::Unflushed as _;
 
     fn shared() -> InFlight {
         InFlight::open(create(2, 8).unwrap(), 0, 2, 8).unwrap()
@@ -264,5 +286,34 @@ mod tests {
         assert!(InFlight::open(File::from(file), 0, 1, 8).is_err());
         let short = create(1, 8).unwrap();
         assert!(InFlight::open(short, 0, 2, 8).is_err());
+    }
+
+    #[test]
+    fn what_one_server_has_unflushed_the_next_one_finds_lost() {
+        let (one, two) = (Holder::new().unwrap(), Holder::new().unwrap());
+        let shared = shared();
+        let held = shared.unflushed(one).unwrap();
+        assert!(!held.is_lost() && !held.is_ours());
+        held.hold();
+        assert!(!held.is_lost() && held.is_ours());
+        let next = shared.unflushed(two).unwrap();
+        assert!(next.is_lost() && !next.is_ours());
+        next.release();
+        assert!(!next.is_lost() && !held.is_ours());
+        // The virtqueues' part of it is as it was.
+        assert!(shared.record(1, 8, 0).unwrap().resume().is_empty());
+    }
+
+    #[test]
+    fn memory_of_another_program_has_no_record_of_what_is_unflushed() {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        for len in [parts(2, 8), len(2, 8), 1 << 20] {
+            let file = memfd_create("test", flags).unwrap();
+            ftruncate(&file, len as u64).unwrap();
+            fcntl_add_seals(&file, SealFlags::SHRINK).unwrap();
+            let other = InFlight::open(File::from(file), 0, 2, 8).unwrap();
+            assert!(other.unflushed(Holder::new().unwrap()).is_none());
+            assert!(other.record(1, 8, 0).is_ok());
+        }
     }
 }

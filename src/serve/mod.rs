@@ -16,6 +16,7 @@ mod memory;
 mod ring;
 mod server;
 mod session;
+mod unflushed;
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};

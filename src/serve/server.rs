@@ -12,6 +12,7 @@ use std::time::Duration;
 use libc::SIGHUP;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
 
+use super::unflushed::Holder;
 use super::{faults, session};
 use crate::control::Listener;
 use crate::devices::throttle::Throttle;
@@ -23,6 +24,7 @@ use crate::{Error, Result, exit, signals};
 pub(crate) struct Server {
     disk: Arc<Mutex<Blk>>,
     handle: BlkHandle,
+    number: Holder,
     listener: Listener,
     session: Option<Session>,
     /// Signalled when a session has ended.
@@ -69,6 +71,7 @@ impl Server {
         let ended = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         Ok(Server {
             handle: disk.handle(),
+            number: Holder::new().map_err(failed)?,
             disk: Arc::new(Mutex::new(disk)),
             listener,
             session: None,
@@ -169,12 +172,13 @@ impl Server {
         };
         let ours = stream.try_clone()?;
         let (disk, on_end) = (Arc::clone(&self.disk), OnEnd(self.ended.try_clone()?));
+        let number = self.number;
         let thread = thread::Builder::new()
             .name("front end".into())
             .spawn(move || {
                 // In this order: the disk is free when the end is told.
                 let _on_end = on_end;
-                session::serve(stream, disk)
+                session::serve(stream, disk, number)
             })?;
         tracing::info!("a front end has connected");
         Ok(Some(Session {

@@ -13,6 +13,7 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::backend::Backend;
+use super::unflushed::Holder;
 use super::{lock, wrong};
 use crate::devices::virtio::blk::Blk;
 
@@ -24,8 +25,8 @@ const REPLY: u32 = 4;
 const NEED_REPLY: u32 = 8;
 
 /// Serves a front end until it goes; the error is its mistake, or the host's.
-pub(super) fn serve(stream: UnixStream, disk: Arc<Mutex<Blk>>) -> io::Result<()> {
-    let backend = Arc::new(Mutex::new(Backend::new(disk)));
+pub(super) fn serve(stream: UnixStream, disk: Arc<Mutex<Blk>>, server: Holder) -> io::Result<()> {
+    let backend = Arc::new(Mutex::new(Backend::new(disk, server)));
     let mut handler = BackendReqHandler::from_stream(stream.try_clone()?, Arc::clone(&backend));
     loop {
         match next(&stream, &backend, &mut handler) {

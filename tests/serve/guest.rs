@@ -320,6 +320,13 @@ impl Guest {
         assert_eq!(self.request(0, FLUSH, 0, &[]).0, 0);
     }
 
+    /// Has the requests in flight recorded in a file of its own.
+    pub(crate) fn record_in(&mut self, file: File) {
+        let len = file.metadata().unwrap().len();
+        let place = VhostUserInflight::new(len, 0, self.queues.len() as u16, SIZE);
+        self.in_flight = Some((place, file));
+    }
+
     /// The file with the requests in flight.
     pub(crate) fn record(&self) -> &File {
         &self.in_flight.as_ref().unwrap().1

@@ -6,6 +6,7 @@
 mod command;
 mod guest;
 mod hostile;
+mod kills;
 mod library;
 mod messages;
 #[path = "../program/mod.rs"]

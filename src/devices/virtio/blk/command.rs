@@ -144,7 +144,12 @@ impl Worker {
     async fn flush(&self) -> io::Result<()> {
         match self.profile.ro {
             true => Ok(()),
-            false => self.disk()?.flush().await,
+            false => {
+                let disk = self.disk()?;
+                disk.flush().await?;
+                self.unflushed.flushed(&**disk);
+                Ok(())
+            }
         }
     }
 }

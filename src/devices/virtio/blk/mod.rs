@@ -16,6 +16,7 @@ mod request;
 mod serve;
 #[cfg(test)]
 mod tests;
+mod unflushed;
 mod unopened;
 mod worker;
 
@@ -42,6 +43,7 @@ use features::{CONFIG_WRITEBACK, Profile, QUEUE_SIZE, SECTOR_SIZE, has};
 pub use counters::{Counter, Counters};
 pub use handle::BlkHandle;
 pub use histogram::{Histogram, Percentiles};
+pub use unflushed::Unflushed;
 pub use unopened::Unopened;
 
 /// Most virtqueues of one disk.
@@ -108,6 +110,8 @@ struct Shared {
     /// What takes long is not wanted any more.
     closing: Arc<AtomicBool>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+    /// What the next activation keeps its record of unflushed writes in.
+    unflushed: Mutex<Option<Arc<dyn Unflushed>>>,
     /// Limits what a guest can have us log.
     guest_errors: Throttle,
 }
@@ -162,7 +166,8 @@ impl Blk {
             writeback: AtomicBool::new(true),
             counters: Counters::default(),
             closing: Arc::default(),
-            interrupt: Mutex::new(None),
+            interrupt: Mutex::default(),
+            unflushed: Mutex::default(),
             guest_errors: Throttle::default(),
         });
         let (commands, receiver) = mpsc::channel();
@@ -198,6 +203,14 @@ impl Blk {
     /// Resizes and watches the disk from elsewhere.
     pub fn handle(&self) -> BlkHandle {
         self.handle.clone()
+    }
+
+    /// Has a record kept of unflushed writes, or none any more, from the next activation on.
+    ///
+    /// A flush ends what the record says, [`BlkHandle::flush`] too, which works after a reset.
+    pub fn record_unflushed(&self, record: Option<Arc<dyn Unflushed>>) {
+        let place = &self.handle.shared().unflushed;
+        *place.lock().unwrap_or_else(PoisonError::into_inner) = record;
     }
 
     /// Waits for the requests in flight, flushes and closes the image, and ends its thread.

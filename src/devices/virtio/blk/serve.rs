@@ -254,9 +254,14 @@ impl Worker {
     /// Makes what was written durable, if it has to be.
     async fn harden(&self, disk: &dyn Disk, durable: bool) -> Result<(), Failure> {
         if !durable {
+            self.unflushed.completed(disk);
             return Ok(());
         }
-        disk.flush().await.map_err(Failure::of("flush", 0, 0))
+        let flush = || Failure::of("flush", 0, 0);
+        self.unflushed.check().map_err(flush())?;
+        disk.flush().await.map_err(flush())?;
+        self.unflushed.flushed(disk);
+        Ok(())
     }
 
     /// Gives a head back whose request transferred `bytes` and wrote `len`.

@@ -6,9 +6,9 @@ use std::future::{Future as _, poll_fn};
 use std::io;
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::{Arc, PoisonError};
 use std::task::{Poll, Waker};
 
 use formats::{Disk, File, OpenError, Ring};
@@ -18,6 +18,7 @@ use super::command::Command;
 use super::features::{Profile, has};
 use super::latency::Finished;
 use super::serve::Slot;
+use super::unflushed::Ledger;
 use super::{BlkOptions, Shared};
 use crate::devices::GuestMemory;
 use crate::devices::throttle::Throttle;
@@ -72,6 +73,7 @@ pub(super) struct Worker {
     pub(super) serving: RefCell<Option<Serving>>,
     pub(super) scratch: RefCell<Scratch>,
     pub(super) host_errors: Throttle,
+    pub(super) unflushed: Ledger,
     pub(super) gate: Cell<Gate>,
     /// Slots without a job.
     pub(super) free: RefCell<Vec<Rc<Slot>>>,
@@ -183,6 +185,7 @@ impl Worker {
             serving: RefCell::default(),
             scratch: RefCell::default(),
             host_errors: Throttle::default(),
+            unflushed: Ledger::default(),
             gate: Cell::default(),
             free: RefCell::default(),
             in_flight: Cell::default(),
@@ -232,6 +235,9 @@ impl Worker {
             serving.queues.push(queue);
             serving.kicks.push(kick.into());
         }
+        let record = self.shared.unflushed.lock();
+        let record = record.unwrap_or_else(PoisonError::into_inner).clone();
+        self.unflushed.open(record);
         *self.sleepers.borrow_mut() = vec![None; serving.kicks.len()];
         for (index, kick) in serving.kicks.iter().enumerate() {
             self.listeners.set(self.listeners.get() + 1);

@@ -141,6 +141,7 @@ impl Bench {
             counters: Counters::default(),
             closing: Arc::default(),
             interrupt: Default::default(),
+            unflushed: Default::default(),
             guest_errors: Throttle::default(),
         });
         let worker = Worker::open(&options, ring, &shared).await.unwrap();

@@ -9,6 +9,7 @@ mod model;
 mod normative;
 mod qcow2;
 mod requests;
+mod unflushed;
 
 use std::path::PathBuf;
 use std::sync::Arc;
