@@ -2,11 +2,13 @@
 //! only of the traits in this module; the virtio devices know nothing of PCI either.
 
 pub mod bus;
+pub(crate) mod event;
 pub mod pci;
 pub mod power;
 pub mod pvpanic;
 pub mod serial;
 pub(crate) mod throttle;
+pub mod vhost_user;
 pub mod virtio;
 
 use std::io;

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use tracing::warn;
+use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::event;
 use crate::devices::pci::lock;
 use crate::devices::throttle::Throttle;
 use crate::devices::{Hypervisor, Msi};
@@ -49,6 +51,14 @@ struct Vector {
     /// and after it is there, so that a signal notices a change under its feet.
     epoch: AtomicU32,
     msi: OnceLock<Box<dyn Msi>>,
+}
+
+impl Vector {
+    /// Whether somebody outside has signalled it, and nothing has come of that yet.
+    fn is_signalled(&self) -> bool {
+        let msi = self.msi.get();
+        msi.is_some_and(|msi| event::is_signalled(msi.eventfd()))
+    }
 }
 
 struct Table {
@@ -193,10 +203,25 @@ impl Msix {
         self.update(&mut table, index);
     }
 
+    /// What sends the message of `vector` when it is signalled, for somebody outside of this
+    /// process. While the vector is masked, the eventfd keeps the signal, and the interrupt is
+    /// pending. `None` while MSI-X is off.
+    pub fn eventfd(&self, vector: u16) -> Option<EventFd> {
+        let msi = self.vectors.get(usize::from(vector))?.msi.get()?;
+        let enabled = self.enabled();
+        enabled.then(|| msi.eventfd().try_clone().ok()).flatten()
+    }
+
     /// Forgets what is pending: the device was reset.
     pub fn clear_pending(&self) {
-        for entry in &mut lock(&self.table).entries {
+        let mut table = lock(&self.table);
+        for (entry, vector) in table.entries.iter_mut().zip(&self.vectors) {
             entry.pending = false;
+            if entry.routed.is_none()
+                && let Some(msi) = vector.msi.get()
+            {
+                event::take(msi.eventfd());
+            }
         }
     }
 
@@ -235,11 +260,16 @@ impl Msix {
         let table = lock(&self.table);
         for (byte, offset) in data.iter_mut().zip(offset..) {
             let entries = table.entries.chunks(8).nth(offset as usize);
+            let vectors = self.vectors.chunks(8).nth(offset as usize);
             *byte = entries
                 .unwrap_or_default()
                 .iter()
+                .zip(vectors.unwrap_or_default())
                 .rev()
-                .fold(0, |bits, entry| bits << 1 | u8::from(entry.pending));
+                .fold(0, |bits, (entry, vector)| {
+                    let kept = entry.routed.is_none() && vector.is_signalled();
+                    bits << 1 | u8::from(entry.pending || kept)
+                });
         }
     }
 
@@ -263,6 +293,8 @@ impl Msix {
                 }
             }
             if let Some(Message { address, data }) = wanted {
+                // Signalled while there was no route. What is signalled from here on, KVM finds.
+                entry.pending |= vector.is_signalled();
                 if let Err(error) = msi.route(address, data) {
                     self.warn("an MSI-X vector cannot be routed", index as u16, &error);
                     return false;

@@ -43,6 +43,9 @@ pub trait Device: Send {
     /// The interrupt to use for configuration changes, from before activation on: a resize works
     /// before the guest's driver is there.
     fn connect(&mut self, interrupt: Arc<dyn Interrupt>);
+    /// The driver has changed where the interrupts of an active device go: eventfds of
+    /// [`Interrupt::eventfd`] are to be had anew.
+    fn remapped(&mut self) {}
 }
 
 /// What the driver set up before DRIVER_OK.
@@ -91,6 +94,11 @@ pub trait Interrupt: Send + Sync {
     /// Used buffers wait in virtqueue `index`. One call a batch, after the used ring is updated
     /// and only if the driver asked for it.
     fn queue(&self, index: u16);
+    /// An eventfd, for somebody outside of this process: signalling it does what
+    /// [`Interrupt::queue`] does, until [`Device::remapped`] is called. `None`: there is none now.
+    fn eventfd(&self, _index: u16) -> Option<EventFd> {
+        None
+    }
     /// The configuration space changed (section 2.5): raises its generation.
     fn config_changed(&self);
     /// The rings are broken beyond repair: sets DEVICE_NEEDS_RESET (section 2.1.2).

@@ -41,6 +41,8 @@ pub(super) enum Request {
     Reset,
     /// The driver has just set these bits of the device status: tell the device.
     Tell(u8),
+    /// Interrupts of an active device go elsewhere: tell the device.
+    Remapped,
 }
 
 /// The registers of the common configuration, but for what is shared with the device's threads
@@ -159,6 +161,9 @@ impl Common {
             }
         } else if let Ok(bytes) = data.try_into() {
             self.write_16(interrupt, offset, u16::from_le_bytes(bytes));
+            if offset == QUEUE_MSIX_VECTOR && interrupt.status() & DRIVER_OK != 0 {
+                return Request::Remapped;
+            }
         } else if let Ok(bytes) = data.try_into() {
             self.write_32(interrupt, offset, u32::from_le_bytes(bytes));
         } else if let Ok(bytes) = <[u8; 8]>::try_from(data)

@@ -6,6 +6,8 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::devices::pci::msix::Msix;
 use crate::devices::virtio::Interrupt;
 
@@ -150,6 +152,13 @@ impl Interrupt for PciInterrupt {
         let vector = self.queue_vector(index);
         if vector != NO_VECTOR {
             self.msix.signal(vector);
+        }
+    }
+
+    fn eventfd(&self, index: u16) -> Option<EventFd> {
+        match self.queue_vector(index) {
+            NO_VECTOR => None,
+            vector => self.msix.eventfd(vector),
         }
     }
 

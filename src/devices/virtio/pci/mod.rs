@@ -172,6 +172,7 @@ impl VirtioPci {
         match state.common.write(&self.interrupt, offset, data) {
             Request::Nothing => {}
             Request::Reset => self.reset(state),
+            Request::Remapped => lock(&self.device).remapped(),
             Request::Tell(status) => {
                 if status & FEATURES_OK != 0 {
                     lock(&self.device).negotiated(state.common.features());
@@ -233,7 +234,15 @@ impl PciDevice for VirtioPci {
         config.write(offset, data);
         if self.offsets.touches_msix_control(offset, data.len()) {
             let control = config.u16(self.offsets.msix_control());
+            let before = self.interrupt.msix.enabled();
             self.interrupt.msix.set_control(control);
+            let state = lock(&self.state);
+            if self.interrupt.msix.enabled() != before
+                && self.interrupt.status() & DRIVER_OK != 0
+                && !state.unplugged
+            {
+                lock(&self.device).remapped();
+            }
         }
         if matches!(offset & !3, COMMAND | BAR0) {
             self.apply_decoding(&config);
