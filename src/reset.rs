@@ -39,6 +39,9 @@ impl Plan {
     ///
     /// The image cannot be read, or is no overlay over what `backing` names.
     pub(crate) fn of(block: &Block) -> Result<Plan, OpenError> {
+        if block.is_served() {
+            return Ok(Plan::Leave("another process serves it, and has its image"));
+        }
         if block.ro {
             return Ok(Plan::Leave("it is read-only"));
         }

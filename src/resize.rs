@@ -45,6 +45,16 @@ impl Wanted {
     }
 }
 
+/// Why a disk that another process serves, at this socket, is not resized here.
+pub(crate) fn served(disk: &str, socket: &std::path::Path) -> Failure {
+    let socket = socket.display();
+    let message = format!("disk {disk} is served by another process, at `{socket}`");
+    failure(FailureKind::Unsupported, message).help(
+        "resize it there: `launcher disk serve` looks at the size again when it gets SIGHUP"
+            .to_owned(),
+    )
+}
+
 impl TryFrom<&Size> for Wanted {
     type Error = Failure;
 

@@ -118,23 +118,33 @@ fn disks(disks: &[DiskStatus]) -> String {
     let mut rows = vec![heads.map(str::to_owned)];
     for disk in disks {
         let mut path = disk.path.clone();
-        for (set, flag) in [(disk.ro, " (ro)"), (disk.ephemeral, " (ephemeral)")] {
+        let away = disk.connected == Some(false);
+        for (set, flag) in [
+            (disk.ro, " (ro)"),
+            (disk.ephemeral, " (ephemeral)"),
+            (away, " (its server is gone: the guest waits for it)"),
+        ] {
             path += if set { flag } else { "" };
         }
+        // What another process serves, that process counts.
+        let counted = |value: String| match disk.connected {
+            None => value,
+            Some(_) => "-".to_owned(),
+        };
         rows.push([
             name(disk),
             disk.format.clone(),
             size::show(disk.size),
-            disk.host_size.map_or("?".to_owned(), rough),
-            disk.reads.to_string(),
-            rough(disk.read_bytes),
-            disk.writes.to_string(),
-            rough(disk.written_bytes),
-            disk.flushes.to_string(),
-            disk.discards.to_string(),
-            disk.write_zeroes.to_string(),
-            disk.host_errors.to_string(),
-            disk.refused.to_string(),
+            counted(disk.host_size.map_or("?".to_owned(), rough)),
+            counted(disk.reads.to_string()),
+            counted(rough(disk.read_bytes)),
+            counted(disk.writes.to_string()),
+            counted(rough(disk.written_bytes)),
+            counted(disk.flushes.to_string()),
+            counted(disk.discards.to_string()),
+            counted(disk.write_zeroes.to_string()),
+            counted(disk.host_errors.to_string()),
+            counted(disk.refused.to_string()),
             path,
         ]);
     }
@@ -202,6 +212,7 @@ mod tests {
             ephemeral: false,
             size: 1 << 30,
             host_size: Some(3 << 19),
+            connected: None,
             reads: 3,
             read_bytes: 12288,
             writes: 0,
@@ -258,6 +269,28 @@ mod tests {
              DISK    LATENCY OF  P50   P90    P99   P99.9  MAX\n\
              0 ROOT  reads       90us  1.5ms  2.0s  2.0s   2.0s\n"
         );
+    }
+
+    #[test]
+    fn what_another_process_serves_that_one_counts() {
+        let served = |connected| DiskStatus {
+            id: None,
+            path: "/a.sock".into(),
+            format: "vhost-user".into(),
+            size: 1 << 30,
+            connected: Some(connected),
+            ..DiskStatus::default()
+        };
+        let shown = disks(&[served(true), served(false)]);
+        let rows: Vec<Vec<_>> = shown
+            .lines()
+            .skip(1)
+            .map(|row| row.split_whitespace().collect())
+            .collect();
+        assert_eq!(rows[0][..4], ["0", "vhost-user", "1GiB", "-"]);
+        assert_eq!(rows[0][12..], ["-", "/a.sock"]);
+        let gone = "/a.sock (its server is gone: the guest waits for it)";
+        assert_eq!(rows[1][13..].join(" "), gone);
     }
 
     #[test]

@@ -125,7 +125,7 @@ impl Up {
         }
         if self.ephemeral {
             // After the check: the lock is of what the file says.
-            vm.drop_what_is_written();
+            vm.drop_what_is_written()?;
         }
         let place = super::place(&vm)?;
         let claim = place.claim(&owner(&vm, self.chosen.laid()))?;

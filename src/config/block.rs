@@ -21,7 +21,13 @@ options! {
     /// A disk.
     pub struct Block, read as GivenBlock {
         /// The image: a file or a host block device.
-        path: PathBuf = derived::<FilePath>("must be written, or `url`"),
+        path: PathBuf = derived::<FilePath>("must be written, or `url` or `vhost_user`"),
+        /// Instead of an image: the socket of a process that serves the disk, over vhost-user-blk,
+        /// as `launcher disk serve` does. The image's options are for that process; only `root`,
+        /// `ro` and `queues` may be written here, and must agree with what is served. Guest memory
+        /// is shared with the process then.
+        vhost_user: Option<PathBuf> =
+            optional::<FilePath>("the image is opened here").example("\"disk.sock\""),
         /// Format of the image; `launcher formats` lists them. It is never guessed from content.
         format: String =
             derived::<FormatName>("the one that the extension of `path` or `url` stands for"),
@@ -71,7 +77,23 @@ options! {
     }
 }
 
+/// What stands for the format of a disk that another process serves.
+pub const VHOST_USER: &str = "vhost-user";
+
+/// The options of such a disk.
+const OF_SERVED: [&str; 4] = ["vhost_user", "ro", "root", "queues"];
+
 impl Block {
+    /// Whether another process serves it, at the socket `path`: it has no image here.
+    pub fn is_served(&self) -> bool {
+        self.vhost_user.is_some()
+    }
+
+    /// Whether it has this option. A disk that another process serves has few.
+    pub(super) fn has_option(&self, key: &str) -> bool {
+        !self.is_served() || OF_SERVED.contains(&key)
+    }
+
     /// The image, and how its format opens it.
     pub fn image(&self) -> Image {
         Image {
@@ -169,6 +191,17 @@ fn relations(cx: &Context<'_>, given: &[GivenBlock]) {
             format!("`path` is {path} on two writable disks, expected one")
         },
     );
+    let socket = |block: &GivenBlock| block.vhost_user.value.clone().flatten();
+    twice(
+        cx,
+        given,
+        |block| &block.vhost_user,
+        socket,
+        |socket| {
+            let socket = shortened(&socket.display().to_string());
+            format!("`vhost_user` is {socket} on two disks, expected another socket for each")
+        },
+    );
     backing::written_by_another(cx, given);
 }
 
@@ -199,12 +232,40 @@ impl GivenBlock {
     /// Reads a disk whose image has its place.
     fn placed(section: &mut Section<'_>) -> Self {
         let mut given = GivenBlock::read(section);
+        if given.vhost_user.at.is_some() {
+            given.stands_alone(section.cx);
+            given.path.at.clone_from(&given.vhost_user.at);
+            given.path.value = given.vhost_user.value.clone().flatten();
+            return given;
+        }
         if given.origin().is_nowhere() {
             section.missing("path", "\"disk.img\"");
         }
         given.digest_is_of_what_stays(section.cx);
         given.origin().locate(section.cx);
         given
+    }
+
+    /// What a disk is that another process serves, that process is told.
+    fn stands_alone(&self, cx: &Context<'_>) {
+        for (key, at) in self.written() {
+            if OF_SERVED.contains(&key) {
+                continue;
+            }
+            let help = match key {
+                "path" | "url" | "build" => {
+                    "the image is opened here, or by the process that serves it: remove one of them"
+                }
+                "id" => "the guest asks the server for it: `launcher disk serve --id ...`",
+                _ => "it is for the process that serves the disk: give it there",
+            };
+            let title = format!("`{key}` is given beside `vhost_user`, expected one of them");
+            cx.report(
+                Diagnostic::value(Some(at), title)
+                    .related(self.vhost_user.at.clone(), "and this")
+                    .help(help.to_owned()),
+            );
+        }
     }
 
     fn origin(&mut self) -> Origin<'_> {
@@ -244,11 +305,15 @@ impl GivenBlock {
     /// The image, if the guest's writes reach it.
     fn writable(&self) -> Option<&Path> {
         let path = self.path.value.as_deref();
+        let path = path.filter(|_| self.vhost_user.at.is_none());
         path.filter(|_| (self.ro.value, self.ephemeral.value) == (Some(false), Some(false)))
     }
 
     /// Fills in what follows from other options, and reports those that contradict each other.
     fn resolve(mut self, mut section: Section<'_>) -> Option<Block> {
+        if self.vhost_user.at.is_some() {
+            return self.resolve_served(section);
+        }
         let cx = section.cx;
         self.size_in_blocks(cx);
         self.ephemeral_is_writable_and_thin(cx);
@@ -269,22 +334,22 @@ impl GivenBlock {
             backing::fits_the_format(cx, &self, format);
         }
         let tables = image_format::tables(&mut section, format.as_ref());
-        let mut names: Vec<_> = Block::KEYS.iter().map(|key| key.name).collect();
-        let mut spelled: Vec<_> = Block::KEYS.iter().map(Key::spelled).collect();
-        for format in cx
-            .formats
-            .iter()
-            .filter(|format| !format.options.is_empty())
-        {
-            names.push(format.name);
-            spelled.push(format!("[block.{}]", format.name));
-        }
-        section.unknown_of(&names, &spelled);
+        unknown(section);
         let written = self.format.at.is_some();
         self.format.value = Some(format?.name.to_owned());
         let at = self.build.at.as_ref().or(self.path.at.as_ref());
         let folder = host_file::folder(cx, at);
         self.finish(folder, written, tables?)
+    }
+
+    /// The same of a disk that another process serves.
+    fn resolve_served(mut self, mut section: Section<'_>) -> Option<Block> {
+        let cx = section.cx;
+        image_format::refuse_tables(&mut section, &self.vhost_user.at);
+        unknown(section);
+        self.format.value = Some(VHOST_USER.to_owned());
+        let folder = host_file::folder(cx, self.vhost_user.at.as_ref());
+        self.finish(folder, false, Vec::new())
     }
 
     /// Nothing of an ephemeral disk is worth while that is not written, or allocated ahead.
@@ -327,4 +392,16 @@ impl GivenBlock {
             );
         }
     }
+}
+
+/// Reports the keys that neither a disk nor a format has.
+fn unknown(section: Section<'_>) {
+    let mut names: Vec<_> = Block::KEYS.iter().map(|key| key.name).collect();
+    let mut spelled: Vec<_> = Block::KEYS.iter().map(Key::spelled).collect();
+    let formats = section.cx.formats.iter();
+    for format in formats.filter(|format| !format.options.is_empty()) {
+        names.push(format.name);
+        spelled.push(format!("[block.{}]", format.name));
+    }
+    section.unknown_of(&names, &spelled);
 }

@@ -301,7 +301,8 @@ mod tests {
         let formats = formats::formats().unwrap();
         for entry in all() {
             let mut text = entry.example.clone();
-            let located = text.contains("\npath = ") || text.contains("\nurl = ");
+            let places = ["\npath = ", "\nurl = ", "\nvhost_user = "];
+            let located = places.iter().any(|place| text.contains(place));
             if text.starts_with("[[block]]") && !located {
                 text = text.replacen("\n", "\npath = \"disk.qcow2\"\n", 1);
             }

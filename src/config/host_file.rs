@@ -292,6 +292,9 @@ impl Vm {
             files.push(("boot.initrd".to_owned(), initrd.clone()));
         }
         for (index, block) in self.block.iter().enumerate() {
+            if block.is_served() {
+                continue;
+            }
             files.push((format!("block.{index}"), block.file()));
             let backing = block.backing.iter().enumerate();
             files.extend(

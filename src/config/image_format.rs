@@ -153,6 +153,27 @@ pub(super) fn tables(
     options
 }
 
+/// Reports the tables of formats within a disk's that another process serves: `served` is where
+/// that is said.
+pub(super) fn refuse_tables(section: &mut Section<'_>, served: &Option<std::ops::Range<usize>>) {
+    for name in section.left() {
+        let Some(owner) = section.cx.formats.iter().find(|format| format.name == name) else {
+            continue;
+        };
+        let name = owner.name;
+        let header = format!("[block.{name}]");
+        if let Some(table) = section.take_section(name, &header) {
+            let title = format!("`{header}` is given beside `vhost_user`, expected one of them");
+            let help = "it is for the process that serves the disk: give it there";
+            section.cx.report(
+                Diagnostic::value(table.at(), title)
+                    .related(served.clone(), "and this")
+                    .help(help.to_owned()),
+            );
+        }
+    }
+}
+
 /// What values an option of a format takes, in words that follow "expected".
 pub fn expects(kind: OptionKind) -> String {
     match kind {

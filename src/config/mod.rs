@@ -38,7 +38,7 @@ use std::path::{Path, PathBuf};
 use annotate_snippets::Renderer;
 use formats::Format;
 
-pub use self::block::Block;
+pub use self::block::{Block, VHOST_USER};
 use self::diagnostic::Diagnostic;
 pub use self::explain::{Entry, Named, entries, find};
 pub(crate) use self::file::text;

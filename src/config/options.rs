@@ -342,6 +342,13 @@ macro_rules! options {
                 }
             }
 
+            /// The keys that are written, each with the place of its value.
+            #[allow(dead_code, reason = "not every table compares its keys")]
+            fn written(&self) -> Vec<(&'static str, std::ops::Range<usize>)> {
+                let all = [$((stringify!($field), self.$field.at.clone())),+];
+                all.into_iter().filter_map(|(key, at)| Some((key, at?))).collect()
+            }
+
             fn finish(self, $($computed: $computed_type),*) -> Option<$name> {
                 Some($name {
                     $($field: self.$field.value?,)+

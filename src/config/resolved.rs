@@ -108,6 +108,9 @@ impl Vm {
             ..
         }) = disks
         {
+            for (disk, block) in disks.iter_mut().zip(&self.block) {
+                disk.retain(|setting| block.has_option(&setting.key));
+            }
             for Setting { key, holds } in disks.iter_mut().flatten() {
                 if let ("path", Holds::Value(_, origin @ Origin::Derived(_))) = (&**key, holds) {
                     *origin = Origin::Derived("where `url` is kept");

@@ -192,11 +192,15 @@ fn needed(keys: &[Key]) -> Value {
     if !below.is_empty() {
         needed.insert("properties".into(), below.into());
     }
-    let has = |name| keys.iter().any(|key| key.name == name);
-    for (one, other) in [("path", "url"), ("kernel", "from_block")] {
-        if has(one) && has(other) {
-            let one_of_them = json!([{ "required": [one] }, { "required": [other] }]);
-            needed.insert("anyOf".into(), one_of_them);
+    let has = |name: &str| keys.iter().any(|key| key.name == name);
+    for others in [
+        &["path", "url", "vhost_user"][..],
+        &["kernel", "from_block"],
+    ] {
+        let there: Vec<_> = others.iter().filter(|name| has(name)).collect();
+        if there.len() > 1 {
+            let one_of_them = there.into_iter().map(|name| json!({ "required": [name] }));
+            needed.insert("anyOf".into(), one_of_them.collect());
         }
     }
     needed.into()

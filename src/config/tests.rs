@@ -9,6 +9,7 @@ mod merge;
 mod messages;
 mod resolved;
 mod schema;
+mod served;
 mod values;
 
 use formats::{FormatOption, Image, OpenError, Opening, OptionKind, Ring};
@@ -317,7 +318,7 @@ fn every_key_is_described() {
             })
             .sum()
     }
-    assert_eq!(described(KEYS), 9 + 4 + 16 + 3 + 2);
+    assert_eq!(described(KEYS), 9 + 4 + 17 + 3 + 2);
     let memory = KEYS.iter().find(|key| key.name == "memory").unwrap();
     assert!(matches!(memory.absent, Absent::Value("\"512MiB\"")));
     assert!(matches!(memory.takes, Takes::Value(words, _) if words.contains("4KiB")));

@@ -106,8 +106,24 @@ impl Vm {
     }
 
     /// Has every disk that the guest can write dropped what it writes: `launcher up --ephemeral`.
-    pub fn drop_what_is_written(&mut self) {
+    ///
+    /// # Errors
+    ///
+    /// Another process serves such a disk, and keeps what is written.
+    pub fn drop_what_is_written(&mut self) -> Result<()> {
+        let kept = |block: &Block| block.is_served() && !block.ro;
+        if let Some(index) = self.block.iter().position(kept) {
+            let message = format!(
+                "`--ephemeral` is given, but what is written to disk {index} is kept by the \
+                 process that serves it"
+            );
+            return Err(Error::usage(message)
+                .help("have that drop it: `ephemeral = true` in the file of a VM whose disk is served")
+                .about(format!("block.{index}.vhost_user"))
+                .at(&self.places));
+        }
         self.block.iter_mut().for_each(Block::make_ephemeral);
+        Ok(())
     }
 }
 
@@ -122,7 +138,12 @@ impl Boot {
     /// Reports a `from_block` that is the name of no disk.
     fn names_a_disk(&self, cx: &Context<'_>, disks: &[Block]) {
         let Some(name) = &self.from_block else { return };
-        if name.among(disks).is_some() {
+        if let Some(disk) = name.among(disks) {
+            if disks.get(disk).is_some_and(Block::is_served) {
+                let title = format!("`from_block` is {disk}, a disk that another process serves");
+                let help = "name files of the host with `kernel` and `initrd`".to_owned();
+                cx.report(Diagnostic::value(self.from_block_at.clone(), title).help(help));
+            }
             return;
         }
         let ids: Vec<_> = disks.iter().filter_map(|disk| disk.id.as_deref()).collect();

@@ -256,7 +256,7 @@ impl Client {
 }
 
 /// Connects, and gives up when nobody accepts for too long.
-fn connect(socket: &Path, patience: Duration) -> io::Result<UnixStream> {
+pub(crate) fn connect(socket: &Path, patience: Duration) -> io::Result<UnixStream> {
     let address = Address::of(socket)?;
     let fd = rustix::net::socket_with(
         AddressFamily::UNIX,

@@ -290,7 +290,7 @@ pub struct MemoryStatus {
 }
 
 /// A disk and what it has done.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DiskStatus {
     /// Index over `[[block]]`.
     pub index: usize,
@@ -308,6 +308,10 @@ pub struct DiskStatus {
     pub size: u64,
     /// Bytes that the image takes on the host; none where the host does not tell.
     pub host_size: Option<u64>,
+    /// Of a disk that another process serves, at the socket `path`: whether that is there. What
+    /// such a disk does is not counted: requests do not pass through the VM's process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connected: Option<bool>,
     /// Requests that succeeded, and their bytes.
     pub reads: u64,
     /// See `reads`.

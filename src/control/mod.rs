@@ -15,6 +15,7 @@ pub mod server;
 use std::os::unix::net::UnixStream;
 
 pub use client::Client;
+pub(crate) use client::connect;
 pub use find::{find, find_under};
 pub(crate) use listener::Listener;
 pub use place::{Claim, Laid, Owner, Place};

@@ -114,6 +114,9 @@ impl Gathering<'_> {
     }
 
     fn disk(&mut self, index: usize, block: &Block) -> Disk {
+        if block.is_served() {
+            return self.served(block);
+        }
         let key = |name: &str| format!("block.{index}.{name}");
         let fixed = block.ro || block.ephemeral;
         let image = block.image();
@@ -156,6 +159,24 @@ impl Gathering<'_> {
             sha256,
             data_file,
             backing,
+        }
+    }
+
+    /// A disk of which another process knows what is in it.
+    fn served(&self, block: &Block) -> Disk {
+        Disk {
+            path: self.shown(&block.path),
+            id: None,
+            format: block.format.clone(),
+            ro: block.ro,
+            ephemeral: block.ephemeral,
+            sparse: block.sparse,
+            block_size: block.block_size,
+            queues: block.queues,
+            size: None,
+            sha256: None,
+            data_file: None,
+            backing: Vec::new(),
         }
     }
 

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use super::boot::{self, BootFiles};
 use super::console::log_file;
+use super::devices::{at_disk, open_served};
 use super::trial;
 use crate::config::{self, Block, Vm, size};
 use crate::devices::virtio::blk::Blk;
@@ -30,12 +31,14 @@ pub fn check(config: &Vm, engine: Engine, runs: bool) -> Result<Vec<Error>> {
     let ring =
         Ring::new(engine).map_err(|error| Error::failed(format!("cannot set up I/O: {error}")))?;
     for (index, block) in config.block.iter().enumerate() {
-        if let Err(error) = ring.block_on(disk(&ring, block, runs), || {}) {
-            let key = match error.key {
-                OpenError::HOST => "path",
-                key => key,
-            };
-            problems.push(Error::from(error).about(format!("block.{index}.{key}")));
+        let checked = match block.is_served() {
+            // While the VM runs, it has the server, which has one front end at a time.
+            true if runs => Ok(()),
+            true => open_served(block).map(drop),
+            false => ring.block_on(disk(&ring, block, runs), || {}),
+        };
+        if let Err(error) = checked {
+            problems.push(at_disk(index, block, error));
         }
     }
     problems.extend(log(config).err());

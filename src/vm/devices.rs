@@ -2,14 +2,16 @@
 
 use std::iter;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use formats::{Engine, OpenError};
 
 use super::machine::SharedDevice;
 use crate::config::{Block, Vm};
+use crate::devices::vhost_user::{VhostUser, VhostUserHandle, VhostUserOptions};
 use crate::devices::virtio::blk::{Blk, BlkHandle, BlkOptions};
 use crate::devices::virtio::rng::Rng;
-use crate::{Error, Result};
+use crate::{Error, Result, control};
 
 /// One device of a VM.
 #[derive(Clone, Copy)]
@@ -34,8 +36,59 @@ pub(crate) struct Devices {
 
 struct Plugged {
     path: String,
-    disk: Arc<Mutex<Blk>>,
-    handle: BlkHandle,
+    disk: Disk,
+}
+
+/// A disk, as whoever has opened it keeps it.
+enum Disk {
+    Own(Arc<Mutex<Blk>>, BlkHandle),
+    Served(Arc<Mutex<VhostUser>>, VhostUserHandle),
+}
+
+/// Acts on a disk, or watches it, from any thread.
+#[derive(Clone)]
+pub(crate) enum DiskHandle {
+    /// Its image is open here.
+    Own(BlkHandle),
+    /// Another process serves it.
+    Served(VhostUserHandle),
+}
+
+impl DiskHandle {
+    /// Size of the disk in bytes.
+    pub(crate) fn size(&self) -> u64 {
+        match self {
+            DiskHandle::Own(disk) => disk.size(),
+            DiskHandle::Served(disk) => disk.size(),
+        }
+    }
+}
+
+impl Disk {
+    fn open(block: &Block, engine: Engine) -> Result<Disk, OpenError> {
+        if block.is_served() {
+            let disk = open_served(block)?;
+            let handle = disk.handle();
+            return Ok(Disk::Served(Arc::new(Mutex::new(disk)), handle));
+        }
+        let disk = open_disk(block, engine)?;
+        let handle = disk.handle();
+        Ok(Disk::Own(Arc::new(Mutex::new(disk)), handle))
+    }
+
+    fn device(&self) -> SharedDevice {
+        match self {
+            Disk::Own(disk, _) => Arc::clone(disk) as _,
+            Disk::Served(disk, _) => Arc::clone(disk) as _,
+        }
+    }
+
+    fn handle(&self) -> DiskHandle {
+        match self {
+            Disk::Own(_, handle) => DiskHandle::Own(handle.clone()),
+            Disk::Served(_, handle) => DiskHandle::Served(handle.clone()),
+        }
+    }
 }
 
 impl Devices {
@@ -53,20 +106,11 @@ impl Devices {
                 }
                 Function::Disk(index, block) => (index, block),
             };
-            let disk = open_disk(block, engine).map_err(|error| {
-                let key = match error.key {
-                    OpenError::HOST => "path",
-                    key => key,
-                };
-                Error::from(error).about(format!("block.{index}.{key}"))
-            })?;
-            let handle = disk.handle();
-            let disk = Arc::new(Mutex::new(disk));
-            devices.all.push(Arc::clone(&disk) as SharedDevice);
+            let disk = Disk::open(block, engine).map_err(|error| at_disk(index, block, error))?;
+            devices.all.push(disk.device());
             devices.disks.push(Plugged {
                 path: block.path.display().to_string(),
                 disk,
-                handle,
             });
         }
         Ok(devices)
@@ -78,22 +122,28 @@ impl Devices {
     }
 
     /// The disks, in the order of the configuration.
-    pub(crate) fn disks(&self) -> impl Iterator<Item = BlkHandle> {
-        self.disks.iter().map(|plugged| plugged.handle.clone())
+    pub(crate) fn disks(&self) -> impl Iterator<Item = DiskHandle> {
+        self.disks.iter().map(|plugged| plugged.disk.handle())
     }
 
-    /// The VM ends: a resize that takes long is not waited for.
+    /// The VM ends: what takes long, a resize or a server that hangs, is not waited for.
     pub(crate) fn give_up(&self) {
-        for Plugged { handle, .. } in &self.disks {
-            handle.give_up();
+        for Plugged { disk, .. } in &self.disks {
+            match disk {
+                Disk::Own(_, handle) => handle.give_up(),
+                Disk::Served(_, handle) => handle.give_up(),
+            }
         }
     }
 
     /// Makes what the guest has written durable. A disk that fails is no reason to do without
-    /// the next machine: its driver will hear of it.
+    /// the next machine: its driver will hear of it. One that another process serves is that
+    /// process's to flush, and is not closed now.
     pub(crate) fn flush(&self) {
-        for Plugged { path, handle, .. } in &self.disks {
-            if let Err(error) = handle.flush() {
+        for Plugged { path, disk } in &self.disks {
+            if let Disk::Own(_, handle) = disk
+                && let Err(error) = handle.flush()
+            {
                 tracing::error!("cannot flush {path}: {error}");
             }
         }
@@ -103,7 +153,12 @@ impl Devices {
     pub(crate) fn close(self) -> Result<()> {
         drop(self.all);
         let mut failures = Vec::new();
-        for Plugged { path, disk, .. } in self.disks {
+        for Plugged { path, disk } in self.disks {
+            let disk = match disk {
+                Disk::Own(disk, _) => disk,
+                // Its process flushes and closes the image when that ends.
+                Disk::Served(..) => continue,
+            };
             let closed = match Arc::try_unwrap(disk) {
                 Ok(disk) => disk
                     .into_inner()
@@ -123,6 +178,29 @@ impl Devices {
             ),
         }
     }
+}
+
+/// The error of a disk that cannot be opened, with its key in the VM's file.
+pub(super) fn at_disk(index: usize, block: &Block, error: OpenError) -> Error {
+    let key = match error.key {
+        OpenError::HOST if block.is_served() => "vhost_user",
+        OpenError::HOST => "path",
+        key => key,
+    };
+    Error::from(error).about(format!("block.{index}.{key}"))
+}
+
+/// Connects to the process that serves a disk.
+pub(super) fn open_served(block: &Block) -> Result<VhostUser, OpenError> {
+    /// A server whose queue of connections is full is not waited for any longer.
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let socket = block.path.clone();
+    VhostUser::open(VhostUserOptions {
+        connect: Box::new(move || control::connect(&socket, PATIENCE)),
+        socket: block.path.clone(),
+        queues: block.queues,
+        ro: block.ro,
+    })
 }
 
 /// Opens a disk of a VM's file. The key of an error is that of the disk's table, or

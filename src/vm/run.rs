@@ -8,13 +8,14 @@ use kvm_ioctls::Kvm;
 use super::boot::{self, BootFiles};
 use super::console::{Console, KeptLog, Outlet, log_file};
 use super::control::Control;
-use super::devices::Devices;
+use super::devices::{Devices, DiskHandle};
 use super::events::Outcome;
 use super::life::Life;
 use super::machine::Loaded;
+use super::memory::{self, Sharing};
 use super::session::{End, Session};
-use super::{Ended, Running, UpOptions, host, memory, vcpu};
-use crate::config::{ConsoleMode, Vm};
+use super::{Ended, Running, UpOptions, host, vcpu};
+use crate::config::{Block, ConsoleMode, Vm};
 use crate::control::messages::{Event, How};
 use crate::exit;
 use crate::{Error, Result, messages};
@@ -36,7 +37,12 @@ fn up(config: &Vm, options: &UpOptions, running: Running<'_>) -> Result<(End, Re
     })?;
     host::raise_open_files();
     vcpu::install_kick_handler()?;
-    let memory = memory::allocate(config.memory)?;
+    let served = config.block.iter().any(Block::is_served);
+    let sharing = match served {
+        true => Sharing::WithServers,
+        false => Sharing::Private,
+    };
+    let memory = memory::allocate(config.memory, sharing)?;
     let load = |files| Loaded::new(&kvm, config, Arc::clone(&memory), &files);
     let (loaded, devices) = match config.boot_disk() {
         // What can be wrong with the kernel comes before anything happens to a disk.
@@ -75,7 +81,12 @@ fn boot_files(config: &Vm, devices: &Devices) -> Result<BootFiles> {
     let disk = config.boot_disk();
     let disk = disk.and_then(|index| Some((devices.disks().nth(index)?, config.block.get(index)?)));
     match disk {
-        Some((disk, block)) => boot::image::read(&disk, block),
+        Some((DiskHandle::Own(disk), block)) => boot::image::read(&disk, block),
+        // Reading the file has refused it already.
+        Some((DiskHandle::Served(_), _)) => {
+            let message = "`from_block` is a disk that another process serves";
+            Err(Error::usage(message).about("boot.from_block"))
+        }
         None => BootFiles::verified(&config.boot),
     }
 }

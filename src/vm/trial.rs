@@ -5,7 +5,8 @@ use std::path::Path;
 use formats::{Engine, Format, Image};
 
 use super::boot::{self, BootFiles, Parameters};
-use super::{layout, memory};
+use super::layout;
+use super::memory::{self, Sharing};
 use crate::Result;
 use crate::devices::virtio::blk::{Blk, BlkOptions};
 
@@ -74,7 +75,7 @@ pub(super) fn read_only(image: Image, format: &'static Format, engine: Engine) -
 pub(super) fn loads(files: &BootFiles, memory: u64, cmdline: &str) -> Result<()> {
     // Nothing is loaded above the hole, and the mapping stays.
     let memory_size = memory.min(layout::HOLE_START);
-    let memory = memory::allocate(memory_size)?;
+    let memory = memory::allocate(memory_size, Sharing::Private)?;
     let parameters = Parameters {
         memory_size,
         cmdline,

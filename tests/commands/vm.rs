@@ -196,6 +196,7 @@ fn status(name: &str, file: &Path, image: &Path) -> Status {
             ro: false,
             ephemeral: false,
             size: 1 << 20,
+            connected: None,
             host_size: Some(0),
             reads: 1,
             read_bytes: 4096,

@@ -9,7 +9,7 @@ use super::format::named;
 use super::look::{look, one_line};
 use crate::cli::output::{print, print_json, rough, table};
 use crate::cli::target::Target;
-use crate::config::{Block, size};
+use crate::config::{Block, VHOST_USER, size};
 use crate::{Result, exit};
 
 /// List the disks of a VM, running or not
@@ -69,10 +69,11 @@ impl List {
 
 impl Row {
     fn of(index: usize, block: &Block, in_use: bool) -> Row {
-        let seen = named(&block.format).and_then(|format| look(&block.path, format, in_use));
-        let (size, host_size, error) = match seen {
-            Ok(seen) => (seen.size, seen.host_size, None),
-            Err(error) => (None, None, Some(one_line(&error))),
+        let seen = || named(&block.format).and_then(|format| look(&block.path, format, in_use));
+        let (size, host_size, error) = match (!block.is_served()).then(seen) {
+            Some(Ok(seen)) => (seen.size, seen.host_size, None),
+            Some(Err(error)) => (None, None, Some(one_line(&error))),
+            None => (None, None, None),
         };
         Row {
             index,
@@ -94,6 +95,7 @@ fn on_host(row: &Row) -> String {
     match (row.host_size, &row.error) {
         (Some(bytes), _) => rough(bytes),
         (None, Some(_)) => "?".to_owned(),
+        (None, None) if row.format == VHOST_USER => "served".to_owned(),
         (None, None) => "a device".to_owned(),
     }
 }
@@ -157,6 +159,17 @@ mod tests {
             "DISK  ID    FORMAT  SIZE  ON HOST  FLAGS  PATH\n\
              0     ROOT  raw     1GiB  1.5MiB   root   a.img\n\
              1           raw     ?     ?        ro     a.img (cannot open it)\n"
+        );
+        let served = Row {
+            format: VHOST_USER.to_owned(),
+            path: "a.sock".into(),
+            host_size: None,
+            ..row(0, None)
+        };
+        assert_eq!(
+            listing(&[served]),
+            "DISK  ID    FORMAT      SIZE  ON HOST  FLAGS  PATH\n\
+             0     ROOT  vhost-user  1GiB  served   root   a.sock\n"
         );
         assert_eq!(listing(&[]), "it has no disk\n");
     }

@@ -123,6 +123,10 @@ impl Resize {
     fn still(self, target: &Target, wanted: Option<Wanted>) -> Result<u8> {
         let vm = target.config()?;
         let index = index_of(&vm, &self.disk)?;
+        let block = &vm.block[index];
+        if block.is_served() {
+            return Err(resize::served(&self.disk, &block.path).into());
+        }
         if self.save {
             save::check(&vm, index)?;
         }

@@ -8,7 +8,7 @@ use libc::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use super::format::{format_of, raw_name};
 use super::image::at_block;
-use super::which::index_of;
+use super::which::{has_image, index_of};
 use crate::cli::output::complain;
 use crate::cli::target::Target;
 use crate::cli::up;
@@ -196,6 +196,7 @@ fn of_vm(named: &Path, disk: &str) -> Result<Opened> {
     let target = Target::of(Some(named.to_owned()))?;
     let config = target.config()?;
     let index = index_of(&config, disk)?;
+    let block = has_image(&config, index)?;
     if target.is_running() {
         let name = target.name();
         let message = format!("`{name}` is running: it serves its disk {disk} itself");
@@ -204,7 +205,6 @@ fn of_vm(named: &Path, disk: &str) -> Result<Opened> {
         return Err(error);
     }
     sources::verify_block(&config, index)?;
-    let block = &config.block[index];
     let disk = vm::open_disk(block, up::engine()?);
     Ok(Opened {
         disk: disk.map_err(|error| at_block(&config, index, error))?,

@@ -70,7 +70,7 @@ impl Which {
         let target = Target::of(self.vm)?;
         let vm = target.config()?;
         let index = index_of(&vm, self.disk.as_deref().unwrap_or_default())?;
-        let block = &vm.block[index];
+        let block = has_image(&vm, index)?;
         Ok(Found {
             image: Image {
                 ro: true,
@@ -154,6 +154,24 @@ pub(super) fn index_of(vm: &Vm, disk: &str) -> Result<usize> {
             }
         }
     })
+}
+
+/// A disk that has its image here.
+///
+/// # Errors
+///
+/// Another process serves it.
+pub(super) fn has_image(vm: &Vm, index: usize) -> Result<&Block> {
+    let block = &vm.block[index];
+    if !block.is_served() {
+        return Ok(block);
+    }
+    let socket = block.path.display();
+    let message = format!("disk {index} is served by another process, at `{socket}`");
+    Err(Error::failed(message)
+        .help("that one has the image: name it instead, or the VM in whose file it is")
+        .about(format!("block.{index}.vhost_user"))
+        .at(&vm.places))
 }
 
 #[cfg(test)]

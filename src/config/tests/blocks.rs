@@ -78,7 +78,7 @@ fn all_disks_are_made_ephemeral_but_the_read_only_ones() {
         "{BOOT}[[block]]\npath = 'a.img'\nsparse = false\n[[block]]\npath = 'b.img'\nro = true\n\
          [[block]]\npath = 'c.qcow2'\nsparse = false\n[[block]]\npath = 'd.img'\nephemeral = true\n"
     ));
-    vm.drop_what_is_written();
+    vm.drop_what_is_written().unwrap();
     let made: Vec<_> = vm
         .block
         .iter()

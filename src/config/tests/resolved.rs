@@ -58,6 +58,7 @@ fn each_value_says_where_it_comes_from() {
         "boot.from_block is not  # default",
         "boot.cmdline = \"\"  # default",
         "block.0.path = \"/a.qcow2\"  # /base.toml:6",
+        "block.0.vhost_user is not  # default",
         "block.0.format = \"qcow2\"  # the one that the extension of `path` or `url` stands for",
         "block.0.ro = false  # default",
         "block.0.root = false  # default",

@@ -168,7 +168,9 @@ fn every_example_is_a_value_that_its_key_takes() {
                 let digest = "0".repeat(64);
                 format!("{needed}[[block]]\n{line}\nro = true\nsha256 = '{digest}'")
             }
-            (Some(line), _) if line.starts_with("path") => format!("{needed}[[block]]\n{line}"),
+            (Some(line), _) if line.starts_with("path") || line.starts_with("vhost_user") => {
+                format!("{needed}[[block]]\n{line}")
+            }
             (Some(line), _) => format!("{needed}[[block]]\npath = 'a.qcow2'\n{line}"),
             (None, _) if line.starts_with("boot.from_block") => {
                 format!("{line}\n[[block]]\npath = 'a.img'")

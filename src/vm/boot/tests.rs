@@ -8,6 +8,7 @@ use vm_memory::{ByteValued, Bytes};
 
 use super::*;
 use crate::config::HostFile;
+use crate::vm::memory::Sharing;
 
 const MIB: u64 = 1 << 20;
 
@@ -66,7 +67,7 @@ impl Bench {
     }
 
     fn load(&self, memory_size: u64, cmdline: &str) -> Result<(Entry, Arc<GuestMemory>)> {
-        let memory = super::super::memory::allocate(memory_size)?;
+        let memory = super::super::memory::allocate(memory_size, Sharing::Private)?;
         let parameters = Parameters {
             memory_size,
             cmdline,
@@ -231,7 +232,7 @@ fn mutated_kernels_are_loaded_or_refused() {
     elf[54..58].copy_from_slice(&[56, 0, 2, 0]);
     elf[64] = 1;
     elf[120] = 4;
-    let memory = super::super::memory::allocate(64 * MIB).unwrap();
+    let memory = super::super::memory::allocate(64 * MIB, Sharing::Private).unwrap();
     let parameters = Parameters {
         memory_size: 64 * MIB,
         cmdline: "",

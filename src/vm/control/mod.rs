@@ -12,12 +12,11 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::console::{AttachError, Console};
-use super::devices::Devices;
+use super::devices::{Devices, DiskHandle};
 use super::life::Life;
 use crate::config::{Block, Vm};
 use crate::control::Subject;
 use crate::control::messages::{Event, Failure, FailureKind, Order, Progress, State, Status};
-use crate::devices::virtio::blk::BlkHandle;
 
 pub(crate) use orders::{Answer, Ask, Asked, Inbox, Orders, channel};
 
@@ -42,7 +41,7 @@ struct Disk {
     block: Block,
     /// Its image, absolute.
     path: PathBuf,
-    handle: BlkHandle,
+    handle: DiskHandle,
     /// Held while it is resized.
     resizing: Mutex<()>,
 }
@@ -104,7 +103,7 @@ impl Control {
 }
 
 impl Disk {
-    fn new(block: &Block, handle: BlkHandle) -> Disk {
+    fn new(block: &Block, handle: DiskHandle) -> Disk {
         Disk {
             block: block.clone(),
             path: absolute(&block.path),

@@ -8,6 +8,7 @@ use std::sync::TryLockError;
 use super::{Control, Disk, failure};
 use crate::control::messages::{Event, Failure, FailureKind, Progress, Resize, Resized};
 use crate::resize::{self, Consent, Subject, Wanted};
+use crate::vm::devices::DiskHandle;
 
 impl Control {
     pub(super) fn resize(
@@ -16,6 +17,9 @@ impl Control {
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Resized, Failure> {
         let (index, disk) = self.disk(&order.disk)?;
+        let DiskHandle::Own(handle) = &disk.handle else {
+            return Err(resize::served(&index.to_string(), &disk.path));
+        };
         let _alone = match disk.resizing.try_lock() {
             Ok(alone) => alone,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -24,7 +28,7 @@ impl Control {
                 return Err(failure(FailureKind::Busy, message));
             }
         };
-        let from = disk.handle.size();
+        let from = handle.size();
         let name = index.to_string();
         let subject = disk.subject(&name, from);
         let wanted = order.size.as_ref().map(Wanted::try_from).transpose()?;
@@ -33,14 +37,14 @@ impl Control {
             force: order.force,
         };
         let wanted = resize::decide(&subject, wanted, consent)?;
-        let resized = disk.handle.resize_reporting(wanted, &mut |done, of| {
+        let resized = handle.resize_reporting(wanted, &mut |done, of| {
             progress(Progress { done, of });
         });
         resized.map_err(|error| resize::failed(&subject, wanted, &error))?;
         let resized = Resized {
             disk: index,
             from,
-            to: disk.handle.size(),
+            to: handle.size(),
         };
         if resized.from != resized.to {
             self.life.publish(Event::Resized(resized.clone()));

@@ -7,7 +7,8 @@ use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 
 use super::{Control, Disk};
 use crate::control::messages::{DiskStatus, Latency, MemoryStatus, Status, VcpuStatus};
-use crate::devices::virtio::blk::Percentiles;
+use crate::devices::virtio::blk::{Counters, Percentiles};
+use crate::vm::devices::DiskHandle;
 
 impl Control {
     pub(super) fn status_now(&self) -> Status {
@@ -38,8 +39,7 @@ impl Control {
 
 impl Disk {
     fn status(&self, index: usize) -> DiskStatus {
-        let counters = self.handle.counters();
-        DiskStatus {
+        let mut status = DiskStatus {
             index,
             id: self.block.id.clone(),
             path: self.path.display().to_string(),
@@ -47,21 +47,33 @@ impl Disk {
             ro: self.block.ro,
             ephemeral: self.block.ephemeral,
             size: self.handle.size(),
-            host_size: host_size(&self.path),
-            reads: counters.reads.value(),
-            read_bytes: counters.read_bytes.value(),
-            writes: counters.writes.value(),
-            written_bytes: counters.written_bytes.value(),
-            flushes: counters.flushes.value(),
-            discards: counters.discards.value(),
-            write_zeroes: counters.write_zeroes.value(),
-            host_errors: counters.host_errors.value(),
-            refused: counters.refused.value(),
-            read_latency: latency(counters.read_latency.percentiles()),
-            write_latency: latency(counters.write_latency.percentiles()),
-            flush_latency: latency(counters.flush_latency.percentiles()),
+            ..DiskStatus::default()
+        };
+        match &self.handle {
+            DiskHandle::Own(disk) => {
+                status.host_size = host_size(&self.path);
+                count(&mut status, disk.counters());
+            }
+            DiskHandle::Served(disk) => status.connected = Some(disk.is_connected()),
         }
+        status
     }
+}
+
+/// What a disk has done.
+fn count(status: &mut DiskStatus, counters: &Counters) {
+    status.reads = counters.reads.value();
+    status.read_bytes = counters.read_bytes.value();
+    status.writes = counters.writes.value();
+    status.written_bytes = counters.written_bytes.value();
+    status.flushes = counters.flushes.value();
+    status.discards = counters.discards.value();
+    status.write_zeroes = counters.write_zeroes.value();
+    status.host_errors = counters.host_errors.value();
+    status.refused = counters.refused.value();
+    status.read_latency = latency(counters.read_latency.percentiles());
+    status.write_latency = latency(counters.write_latency.percentiles());
+    status.flush_latency = latency(counters.flush_latency.percentiles());
 }
 
 fn latency(times: Percentiles) -> Latency {
