@@ -31,6 +31,7 @@ mod qcow2;
 mod resize;
 mod runner;
 mod stream;
+mod vhost;
 
 use std::process::ExitCode;
 
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         resize::CASES,
         control::CASES,
         machine::CASES,
+        vhost::CASES,
     ]
     .concat();
     let cases = options.select(&all);

@@ -29,7 +29,7 @@ fn resize(folder: &Folder, disk: &str, size: &str) -> String {
 
 /// Waits for the guest's kernel to log that a disk has so many bytes, and asks for its size. Of the two lines that
 /// it logs only this one is a notice: `dmesg -n 6` keeps the other out of what the guest's commands print.
-fn is_now(vm: &mut Vm, device: &str, bytes: u64) {
+pub(crate) fn is_now(vm: &mut Vm, device: &str, bytes: u64) {
     vm.wait_for(&format!(
         "[{device}] new size: {} 512-byte logical blocks",
         bytes / 512

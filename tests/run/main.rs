@@ -8,6 +8,7 @@ mod control;
 mod detach;
 mod kernel;
 mod lifecycle;
+mod served;
 mod several;
 mod terminal;
 mod vm;

@@ -294,7 +294,7 @@ impl Msix {
             }
             if let Some(Message { address, data }) = wanted {
                 // Signalled while there was no route. What is signalled from here on, KVM finds.
-                entry.pending |= vector.is_signalled();
+                entry.pending |= event::take(msi.eventfd());
                 if let Err(error) = msi.route(address, data) {
                     self.warn("an MSI-X vector cannot be routed", index as u16, &error);
                     return false;

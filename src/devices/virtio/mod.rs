@@ -6,7 +6,7 @@ pub mod pci;
 mod queue;
 pub mod rng;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 use std::io;
 use std::sync::Arc;

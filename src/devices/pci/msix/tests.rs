@@ -186,6 +186,39 @@ fn a_reset_forgets_what_is_pending() {
     assert_eq!(hypervisor.msi_at(0).signals(), 0);
 }
 
+/// What somebody outside of the process signals goes the way of all other signals.
+#[test]
+fn an_eventfd_that_is_given_away_is_masked_and_pending_like_its_vector() {
+    let (msix, hypervisor) = msix(2);
+    assert!(msix.eventfd(0).is_none(), "MSI-X is off");
+    msix.set_control(ON);
+    assert!(msix.eventfd(0).is_none(), "no event is mapped to it");
+    assert!(msix.claim(0) && msix.claim(1));
+    let given = msix.eventfd(1).unwrap();
+    given.write(1).unwrap();
+    given.write(1).unwrap();
+    assert_eq!(pending(&msix), 0b10);
+    program(&msix, 1, 0xfee0_1000, 0x41);
+    let msi = hypervisor.msi_at(1);
+    assert_eq!((msi.signals(), pending(&msix)), (1, 0));
+    given.write(1).unwrap();
+    assert_eq!((msi.signals(), pending(&msix)), (1, 0));
+    mask(&msix, 1, true);
+    given.write(1).unwrap();
+    assert_eq!((msi.signals(), pending(&msix)), (0, 0b10));
+    mask(&msix, 1, false);
+    assert_eq!((msi.signals(), pending(&msix)), (1, 0));
+
+    mask(&msix, 1, true);
+    given.write(1).unwrap();
+    msix.clear_pending();
+    assert_eq!(pending(&msix), 0);
+    mask(&msix, 1, false);
+    assert_eq!(msi.signals(), 0);
+    msix.set_control(0);
+    assert!(msix.eventfd(1).is_none());
+}
+
 /// Section 6.8.2.10: a bit a vector, in order; bits past the last vector are zero.
 #[test]
 fn pending_bits_are_in_the_order_of_the_vectors() {

@@ -40,6 +40,7 @@ struct FakeDevice {
     /// What each negotiation came to.
     negotiated: Vec<u64>,
     resets: usize,
+    remapped: usize,
     /// Stands for stopping the device's thread.
     on_reset: Box<dyn FnMut() + Send>,
 }
@@ -94,6 +95,11 @@ impl Device for FakeDevice {
     fn connect(&mut self, interrupt: Arc<dyn Interrupt>) {
         self.interrupt = Some(interrupt);
     }
+
+    fn remapped(&mut self) {
+        assert!(self.activation.is_some(), "not active");
+        self.remapped += 1;
+    }
 }
 
 fn device(device_type: u32, sizes: &[u16]) -> Arc<Mutex<FakeDevice>> {
@@ -108,6 +114,7 @@ fn device(device_type: u32, sizes: &[u16]) -> Arc<Mutex<FakeDevice>> {
         activations: 0,
         negotiated: Vec::new(),
         resets: 0,
+        remapped: 0,
         on_reset: Box::new(|| {}),
     }))
 }

@@ -57,6 +57,39 @@ fn a_virtqueue_interrupts_with_its_vector() {
     assert_eq!(msis[2].route(), Some((0xfee0_1000, 0x42)));
 }
 
+/// A device may have given the eventfd of an interrupt away.
+#[test]
+fn an_active_device_is_told_when_its_interrupts_go_elsewhere() {
+    let machine = Machine::new();
+    let eventfd = || machine.interrupt().eventfd(0);
+    let remapped = || lock(&machine.device).remapped;
+    assert!(eventfd().is_none());
+    machine.map_vectors(2);
+    assert_eq!(remapped(), 0, "before DRIVER_OK it is not active");
+    machine.drive();
+    let msis = machine.map_vectors(2);
+    let told = remapped();
+    assert_eq!(told, 2, "one for each virtqueue");
+    eventfd().unwrap().write(1).unwrap();
+    assert_eq!(
+        [0, 1, 2].map(|index: usize| msis[index].signals()),
+        [0, 1, 0]
+    );
+    machine.set_u16(QUEUE_SELECT, 0);
+    machine.set_u16(QUEUE_MSIX_VECTOR, 0xffff);
+    assert!(eventfd().is_none());
+    machine.set_u16(QUEUE_MSIX_VECTOR, 2);
+    eventfd().unwrap().write(1).unwrap();
+    assert_eq!(msis[2].signals(), 1);
+    assert_eq!(remapped(), told + 2);
+    machine.set_msix_control(0);
+    assert!(eventfd().is_none());
+    machine.set_msix_control(0x8000);
+    assert_eq!(remapped(), told + 4);
+    machine.set_msix_control(0xc000);
+    assert_eq!(remapped(), told + 4, "a mask changes no way");
+}
+
 /// Section 4.1.5.1.2: several events may share a vector.
 #[test]
 fn events_may_share_a_vector() {
