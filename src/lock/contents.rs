@@ -73,8 +73,11 @@ pub(super) struct Disk {
     pub(super) format: String,
     pub(super) ro: bool,
     pub(super) ephemeral: bool,
-    pub(super) sparse: bool,
-    pub(super) block_size: u32,
+    /// None, as the block size, where another process serves the disk and knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) sparse: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) block_size: Option<u32>,
     pub(super) queues: u16,
     /// Of the disk as the guest finds it; none where the image's digest says as much.
     #[serde(default, with = "maybe_bytes", skip_serializing_if = "Option::is_none")]

@@ -211,8 +211,10 @@ impl Drift {
         self.compare(key("format"), shown(&locked.format), shown(&now.format));
         self.compare(key("ro"), locked.ro, now.ro);
         self.compare(key("ephemeral"), locked.ephemeral, now.ephemeral);
-        self.compare(key("sparse"), locked.sparse, now.sparse);
-        self.compare(key("block_size"), locked.block_size, now.block_size);
+        let (was, is) = (told(locked.sparse), told(now.sparse));
+        self.compare(key("sparse"), was, is);
+        let (was, is) = (told(locked.block_size), told(now.block_size));
+        self.compare(key("block_size"), was, is);
         self.compare(key("queues"), locked.queues, now.queues);
         self.size(index, locked, now, found);
         if (locked.sha256.is_some(), now.sha256.is_some()) != (false, false) {
@@ -249,6 +251,11 @@ impl Found {
     fn missing(&self, key: &str) -> Option<&Missing> {
         self.missing.iter().find(|missing| missing.key == key)
     }
+}
+
+/// What only the process that serves a disk may know.
+fn told(value: Option<impl Display>) -> String {
+    value.map_or("the server's".to_owned(), |value| value.to_string())
 }
 
 /// Text of a lock file, harmless on a terminal.
