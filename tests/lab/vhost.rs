@@ -56,7 +56,7 @@ fn served_disk_holds_a_file_system_and_grows_under_it() {
     vm.run("dmesg -n 6");
     assert_eq!(vm.run("cat /sys/block/vda/serial"), "SERVED");
     assert_eq!(vm.run("ls /sys/block/vda/mq | wc -l"), "2");
-    vm.run("mkdir -p /mnt && mke2fs -q -t ext4 /dev/vda && mount -t ext4 /dev/vda /mnt");
+    vm.run("mkdir -p /mnt && /usr/sbin/mke2fs -q -t ext4 /dev/vda && mount -t ext4 /dev/vda /mnt");
     vm.run("dd if=/dev/urandom of=/mnt/file bs=64k count=100 status=none");
     let written = vm.run("sha256sum </mnt/file");
     // It grows at its server, under the file system.
@@ -111,7 +111,7 @@ fn killed_server_is_a_pause_for_the_guest() {
     let mut server = serve(&folder, "data.img", &[]);
     let mut vm = folder.up(&format!("{GUEST}\n[[block]]\nvhost_user = \"disk.sock\"\n"));
     vm.ready();
-    vm.run("mkdir -p /mnt && mke2fs -q -t ext4 /dev/vda && mount -t ext4 /dev/vda /mnt");
+    vm.run("mkdir -p /mnt && /usr/sbin/mke2fs -q -t ext4 /dev/vda && mount -t ext4 /dev/vda /mnt");
     // A block that is written over and over, past the page cache, beside the files.
     vm.run("dd if=/dev/zero of=/mnt/same bs=1M count=1 conv=fsync status=none");
     vm.run(WRITER);

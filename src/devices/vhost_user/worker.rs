@@ -17,6 +17,7 @@ use super::link::{Active, Link};
 use super::offer::{Offer, WRITEBACK};
 use super::{Command, Shared, VhostUserOptions, lock};
 use crate::devices::event;
+use crate::devices::throttle::Throttle;
 use crate::devices::virtio::Activation;
 
 /// The first pause between two tries to connect again, which doubles up to the longest.
@@ -37,8 +38,12 @@ struct Worker {
     calls: Vec<EventFd>,
     /// What it signals for rings that are broken.
     broken: EventFd,
+    /// Since when.
+    connected_at: Instant,
     pause: Duration,
     next_try: Instant,
+    /// Limits what a back end that comes and goes can have us log.
+    warnings: Throttle,
     /// Why the last try failed, once that is logged.
     refused: Option<String>,
 }
@@ -77,6 +82,8 @@ pub(super) fn run(
         }
         Err(error) => drop(opened.send(Err(error))),
     }
+    // Whoever still watches the disk keeps no connection.
+    lock(&shared.line).stream = None;
 }
 
 impl Worker {
@@ -103,8 +110,10 @@ impl Worker {
             active: None,
             calls,
             broken,
+            connected_at: Instant::now(),
             pause: SHORTEST,
             next_try: Instant::now(),
+            warnings: Throttle::default(),
             refused: None,
             options,
         })
@@ -174,13 +183,26 @@ impl Worker {
     fn lost(&mut self, why: &io::Error) {
         self.hang_up();
         self.shared.connected.store(false, Ordering::Relaxed);
-        (self.pause, self.next_try) = (SHORTEST, Instant::now());
-        if !self.shared.ending.load(Ordering::Relaxed) {
+        // One that goes as soon as it has come is no reason to be quick.
+        if self.connected_at.elapsed() > LONGEST {
+            self.pause = SHORTEST;
+        }
+        self.put_off();
+        if !self.shared.ending.load(Ordering::Relaxed)
+            && let Some(held_back) = self.warnings.pass()
+        {
             let shown = &self.shown;
             tracing::warn!(
-                "the server of the disk at `{shown}` is gone: {why}. Its guest waits for the next"
+                held_back,
+                "the server of the disk at `{shown}` is gone: {why}; its guest waits for the next"
             );
         }
+    }
+
+    /// The next try to connect is later, and the one after that later still.
+    fn put_off(&mut self) {
+        self.next_try = Instant::now() + self.pause;
+        self.pause = (2 * self.pause).min(LONGEST);
     }
 
     fn hang_up(&mut self) {
@@ -273,16 +295,17 @@ impl Worker {
     fn try_again(&mut self) {
         match self.connected_again() {
             Ok(()) => {
-                let shown = &self.shown;
-                tracing::warn!("the disk at `{shown}` is served again");
+                if let Some(held_back) = self.warnings.pass() {
+                    let shown = &self.shown;
+                    tracing::warn!(held_back, "the disk at `{shown}` is served again");
+                }
                 self.shared.connected.store(true, Ordering::Relaxed);
-                (self.pause, self.refused) = (SHORTEST, None);
+                (self.connected_at, self.refused) = (Instant::now(), None);
                 self.start();
             }
             Err(error) => {
                 self.hang_up();
-                self.next_try = Instant::now() + self.pause;
-                self.pause = (2 * self.pause).min(LONGEST);
+                self.put_off();
                 // That nobody is there is known, and a command that comes between no reason.
                 let known = matches!(
                     error.kind(),
@@ -294,7 +317,8 @@ impl Worker {
                         | io::ErrorKind::Interrupted
                 );
                 let why = error.to_string();
-                if !known && self.refused.as_ref() != Some(&why) {
+                let said = self.refused.as_ref() == Some(&why);
+                if !known && !said && self.warnings.pass().is_some() {
                     let shown = &self.shown;
                     tracing::warn!("the disk at `{shown}` cannot go on with what is there: {why}");
                     self.refused = Some(why);
