@@ -55,6 +55,8 @@ pub struct Measured {
     pub processor: Duration,
     /// Requests that were made at all.
     pub made: u64,
+    /// How long the flush afterwards took, where there was one.
+    pub flush: Duration,
 }
 
 impl Client {
@@ -167,6 +169,29 @@ impl Client {
         let nothing = || Ok(Duration::ZERO);
         self.drive(&one, std::iter::once(offset), 0, Until::Done, &nothing)?;
         Ok(&self.memory[..case.len])
+    }
+
+    /// Has all that was written put on the disk; how long that took.
+    pub fn flush(&mut self) -> Result<Duration> {
+        let watchdog = Watchdog::new(Arc::clone(&self.call), Duration::from_secs(300));
+        let begun = Instant::now();
+        self.queue.flush(0)?;
+        if self.queue.avail_notif_needed() {
+            self.kick.notify()?;
+        }
+        loop {
+            self.call.read()?;
+            watchdog.check()?;
+            let answer = self.queue.completions().next();
+            match answer.map(|completion| completion.ret) {
+                None => {}
+                Some(0) => return Ok(begun.elapsed()),
+                Some(errno) => {
+                    let error = io::Error::from_raw_os_error(-errno);
+                    return Err(format!("the flush failed: {error}").into());
+                }
+            }
+        }
     }
 
     #[inline]

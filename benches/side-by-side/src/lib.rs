@@ -4,10 +4,13 @@
 pub mod case;
 pub mod client;
 pub mod content;
+pub mod host;
 pub mod image;
 pub mod measure;
+pub mod plot;
 pub mod server;
 pub mod statistics;
+pub mod table;
 pub mod watchdog;
 
 /// Whatever goes wrong, in words.

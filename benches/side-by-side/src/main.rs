@@ -1,11 +1,14 @@
 //! `benches/side-by-side/run`: the command line.
 
+use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
+use side_by_side::case::{CLUSTER, Case};
+use side_by_side::host::{Host, load};
 use side_by_side::measure::{Options, Row};
-use side_by_side::{Result, watchdog};
+use side_by_side::{Result, plot, table, watchdog};
 
 /// Drive `launcher disk serve` and `qemu-storage-daemon` over vhost-user, in turn, and compare
 #[derive(Parser)]
@@ -17,16 +20,16 @@ struct Arguments {
     #[arg(long, value_name = "PART", value_delimiter = ',')]
     only: Vec<String>,
     /// Measurements of each side
-    #[arg(long, default_value_t = 5)]
-    rounds: usize,
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: u32,
     /// How long one takes, after a quarter as much to warm up
-    #[arg(long, default_value_t = 2.0)]
+    #[arg(long, default_value_t = 2.0, value_parser = seconds)]
     seconds: f64,
     /// MiB of the images that are full of data
-    #[arg(long, value_name = "MIB", default_value_t = 1024)]
+    #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(16..1 << 20))]
     size: u64,
     /// Clusters of a new image, each of which a request allocates: a power of two
-    #[arg(long, default_value_t = 65536)]
+    #[arg(long, default_value_t = 65536, value_parser = clusters)]
     clusters: u64,
     /// Gives QEMU's export a thread of its own (`iothread`)
     #[arg(long)]
@@ -34,6 +37,25 @@ struct Arguments {
     /// Where images go [default: the folder for temporary files]
     #[arg(long)]
     dir: Option<PathBuf>,
+    /// Writes the table to a file, as Markdown
+    #[arg(long, value_name = "FILE")]
+    markdown: Option<PathBuf>,
+    /// Writes a picture of the ratios to a file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+}
+
+fn seconds(text: &str) -> std::result::Result<f64, String> {
+    let seconds = text.parse().ok();
+    let seconds = seconds.filter(|seconds| (0.01..=3600.0).contains(seconds));
+    seconds.ok_or_else(|| "expected a number from 0.01 to 3600".into())
+}
+
+fn clusters(text: &str) -> std::result::Result<u64, String> {
+    let count = text.parse().ok();
+    let count =
+        count.filter(|count: &u64| count.is_power_of_two() && (16..=1 << 24).contains(count));
+    count.ok_or_else(|| "expected a power of two from 16 to 16777216".into())
 }
 
 fn main() -> Result<()> {
@@ -43,32 +65,36 @@ fn main() -> Result<()> {
     let options = Options {
         launcher: arguments.launcher,
         only: arguments.only,
-        rounds: arguments.rounds,
+        rounds: arguments.rounds as usize,
         window,
         warm_up: window / 4,
         area: arguments.size << 20,
-        fresh: arguments.clusters * side_by_side::case::CLUSTER,
+        fresh: arguments.clusters * CLUSTER,
         iothread: arguments.iothread,
     };
     let within = arguments.dir.unwrap_or_else(std::env::temp_dir);
     let folder = tempfile::Builder::new()
         .prefix("side-by-side-")
         .tempdir_in(within.canonicalize()?)?;
+    if options.cases().is_empty() {
+        let names = Case::all().into_iter().map(|case| case.to_string());
+        let names: Vec<_> = names.collect();
+        return Err(format!("no case is called so; there are {}", names.join(", ")).into());
+    }
+    let host = Host::look(&options, folder.path())?;
+    let (count, mut done) = (options.cases().len(), 0);
     let mut told = |row: &Row| {
-        print!("{:<26}", row.case.to_string());
-        for column in &row.columns {
-            let (speed, processor) = (column.speed(), column.processor());
-            print!(
-                " {:<8} {:>8.0} ({:.0}-{:.0}, {:.2} us)",
-                column.side.name(),
-                speed.median,
-                speed.least,
-                speed.greatest,
-                processor.median
-            );
-        }
-        println!(" ratio {:.2}", row.ratio().median);
+        done += 1;
+        let ratio = row.ratio().median;
+        eprintln!("{done} of {count}: {}: {ratio:.2}", row.case);
     };
-    options.run(folder.path(), &mut told)?;
+    let rows = options.run(folder.path(), &mut told)?;
+    println!("{}load after: {}", table::text(&host, &rows), load());
+    if let Some(path) = arguments.markdown {
+        fs::write(path, table::markdown(&host, &rows))?;
+    }
+    if let Some(path) = arguments.svg {
+        fs::write(path, plot::svg(&host, &rows))?;
+    }
     Ok(())
 }

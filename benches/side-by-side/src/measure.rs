@@ -121,7 +121,10 @@ impl Options {
         let processor = || server.processor();
         let measured = client
             .drive(case, offsets.clone(), measurement, until, &processor)
-            .and_then(|measured| {
+            .and_then(|mut measured| {
+                if case.allocating {
+                    measured.flush = client.flush()?;
+                }
                 verify(&mut client, case, offsets, measured.made, measurement)?;
                 Ok(measured)
             })
