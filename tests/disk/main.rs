@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod bench;
 mod images;
 #[path = "../names/mod.rs"]
 mod names;

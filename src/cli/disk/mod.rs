@@ -1,5 +1,6 @@
 //! `launcher disk`: the images of VMs.
 
+mod bench;
 mod check;
 mod convert;
 mod create;
@@ -20,7 +21,7 @@ use clap::{Args, Subcommand};
 use crate::Result;
 pub(super) use format::{format_of, raw_name};
 
-/// List, resize, create, convert, check, snapshot and serve the disks of VMs
+/// List, resize, create, convert, check, snapshot, serve and measure the disks of VMs
 #[derive(Args)]
 #[command(
     after_help = "Examples:\n  launcher disk list web\n  launcher disk resize web 0 +1GiB\n  \
@@ -41,6 +42,7 @@ enum Command {
     Check(check::Check),
     Snapshot(snapshot::Snapshot),
     Serve(serve::Serve),
+    Bench(bench::Bench),
 }
 
 impl Disk {
@@ -54,6 +56,7 @@ impl Disk {
             Command::Check(check) => check.run(),
             Command::Snapshot(snapshot) => snapshot.run(),
             Command::Serve(serve) => serve.run(),
+            Command::Bench(bench) => bench.run(),
         }
     }
 }

@@ -58,6 +58,17 @@ struct OfVm {
 }
 
 impl Which {
+    /// An image of no VM, or, with `disk`, a disk of one.
+    pub(super) fn of(what: &Path, disk: Option<String>, format: Option<String>) -> Which {
+        let what = Some(what.to_owned());
+        let (vm, path) = match disk {
+            Some(_) => (what, None),
+            None => (None, what),
+        };
+        let lone = Lone { path, format };
+        Which { vm, disk, lone }
+    }
+
     /// Finds the disk in its VM's file, or the format of the image that is named.
     pub(super) fn find(self) -> Result<Found> {
         if let Some(path) = &self.lone.path {

@@ -35,7 +35,7 @@ pub struct Percentiles {
 
 impl Histogram {
     /// Counts a time. There is one writer, so no instruction is a locked one.
-    pub(super) fn record(&self, time: Duration) {
+    pub fn record(&self, time: Duration) {
         let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let bucket = &self.buckets[bucket_of(nanos)];
         bucket.store(
