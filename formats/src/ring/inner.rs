@@ -17,20 +17,20 @@ use super::{Engine, OnProgress, shortcut};
 /// Operations that one task may complete in a row before others get their turn.
 const BUDGET: u32 = 32;
 
-enum Backend {
+pub(super) enum Backend {
     Uring(Box<Uring>),
     Threads(Waits),
 }
 
 /// What the clones of a ring share.
 pub(super) struct Inner {
-    backend: RefCell<Backend>,
-    pool: RefCell<Option<Pool>>,
+    pub(super) backend: RefCell<Backend>,
+    pub(super) pool: RefCell<Option<Pool>>,
     pub(super) table: RefCell<Table>,
     pub(super) tasks: Tasks,
-    ready: Arc<Ready>,
+    pub(super) ready: Arc<Ready>,
     /// Results to be dispatched; those that were found without the engine among them.
-    done: RefCell<Vec<(Token, i32)>>,
+    pub(super) done: RefCell<Vec<(Token, i32)>>,
     /// Operations that the current task may still complete without waiting.
     budget: Cell<u32>,
     /// How many `block_on` are under way, one inside the other.

@@ -4,6 +4,7 @@
 mod faults;
 mod file;
 mod inner;
+mod linger;
 mod op;
 mod operation;
 mod pool;
@@ -165,6 +166,15 @@ impl Ring {
             idle();
             self.0.turn(true);
         }
+    }
+
+    /// For the `idle` of [`Ring::block_on`]: submits everything queued and waits without sleeping
+    /// until a task is ready, a completion is in, or `look` says that there is something to do.
+    /// Returns after how long that was, or `None` if nothing came within `limit`.
+    ///
+    /// Other threads that want the processor have it first.
+    pub fn linger(&self, limit: Duration, look: impl FnMut() -> bool) -> Option<Duration> {
+        self.0.linger(limit, look)
     }
 
     /// Reads into `to` what the file has at `offset`. The result is the number of bytes: fewer

@@ -55,10 +55,15 @@ impl Ready {
         }
     }
 
+    /// Whether a task is ready.
+    pub(super) fn any(&self) -> bool {
+        !lock(&self.tasks).is_empty()
+    }
+
     /// Announces that the ring's thread is about to wait; false if a task is ready.
     pub(super) fn sleep(&self) -> bool {
         self.sleeping.store(true, Ordering::Relaxed);
-        lock(&self.tasks).is_empty()
+        !self.any()
     }
 
     /// The ring's thread is back.

@@ -1,5 +1,6 @@
 //! Operations and their results. Tasks have tests of their own.
 
+mod linger;
 mod tasks;
 
 use std::cell::{Cell, RefCell};

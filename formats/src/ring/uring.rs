@@ -183,12 +183,34 @@ impl Uring {
             self.queue(poll.user_data(NOTIFY));
             self.armed = true;
         }
+        // What is in already is not waited for.
+        let wait = wait && self.ring.completion().is_empty();
+        if wait || !self.is_idle() {
+            self.submit(usize::from(wait));
+        }
+    }
+
+    /// Submits everything queued.
+    pub(super) fn submit_queued(&mut self) {
+        if !self.is_idle() {
+            self.submit(0);
+        }
+    }
+
+    /// Whether there is nothing to submit, and nothing that the kernel would report if asked.
+    fn is_idle(&mut self) -> bool {
         let queue = self.ring.submission();
         let idle = queue.is_empty() && !queue.taskrun() && !queue.cq_overflow();
         drop(queue);
-        if wait || !idle || !self.backlog.is_empty() {
-            self.submit(usize::from(wait));
-        }
+        idle && self.backlog.is_empty()
+    }
+
+    /// Whether completions are in, or would be if the kernel were asked.
+    pub(super) fn has_completions(&mut self) -> bool {
+        let queue = self.ring.submission();
+        let more = queue.taskrun() || queue.cq_overflow();
+        drop(queue);
+        more || !self.ring.completion().is_empty()
     }
 
     /// Appends the results that are in.
