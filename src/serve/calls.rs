@@ -5,9 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::SendFlags;
 
+use super::bell::Bell;
 use super::wrong;
 use crate::devices::virtio::Interrupt;
 
@@ -22,8 +22,8 @@ pub(super) struct Calls {
 
 #[derive(Default)]
 struct Queue {
-    call: Mutex<Option<OwnedFd>>,
-    error: Mutex<Option<OwnedFd>>,
+    call: Mutex<Option<Bell>>,
+    error: Mutex<Option<Bell>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -40,13 +40,9 @@ pub(super) fn eventfd(file: File) -> io::Result<OwnedFd> {
     }
 }
 
-/// Signals an eventfd unless that would block: then its counter is full, and says enough.
-fn signal(event: &Mutex<Option<OwnedFd>>) {
-    let event = lock(event);
-    let Some(event) = &*event else { return };
-    let mut ready = [PollFd::new(event, PollFlags::OUT)];
-    if let Ok(1) = poll(&mut ready, Some(&Timespec::default())) {
-        let _ = rustix::io::write(event, &1u64.to_ne_bytes());
+fn signal(bell: &Mutex<Option<Bell>>) {
+    if let Some(bell) = &mut *lock(bell) {
+        bell.ring();
     }
 }
 
@@ -62,7 +58,7 @@ impl Calls {
     /// what was used before it came.
     pub(super) fn set_call(&self, index: usize, call: Option<OwnedFd>) {
         if let Some(queue) = self.queues.get(index) {
-            *lock(&queue.call) = call;
+            *lock(&queue.call) = call.map(Bell::new);
             signal(&queue.call);
         }
     }
@@ -70,7 +66,7 @@ impl Calls {
     /// What to signal if the rings are broken.
     pub(super) fn set_error(&self, index: usize, error: Option<OwnedFd>) {
         if let Some(queue) = self.queues.get(index) {
-            *lock(&queue.error) = error;
+            *lock(&queue.error) = error.map(Bell::new);
         }
     }
 
@@ -153,7 +149,7 @@ mod tests {
         rustix::io::write(&theirs, &(u64::MAX - 1).to_ne_bytes()).unwrap();
         calls.set_call(0, Some(ours));
         calls.queue(0);
-        assert_eq!(value(&theirs), u64::MAX - 1);
+        assert!(value(&theirs) >= u64::MAX - 1);
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! [spec]: https://www.qemu.org/docs/master/interop/vhost-user.html
 
 mod backend;
+mod bell;
 mod calls;
 mod faults;
 mod inflight;
