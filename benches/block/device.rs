@@ -46,6 +46,8 @@ fn open(place: &Place, queues: usize) -> Result<Blk> {
         id: None,
         queues: queues as u16,
         engine: Engine::Auto,
+        poll: None,
+        cpus: Vec::new(),
     })
     .map_err(|error| error.to_string())?)
 }

@@ -235,6 +235,8 @@ impl Bench<'_> {
             id: None,
             queues: 1,
             engine: Engine::Auto,
+            poll: None,
+            cpus: Vec::new(),
         })?;
         let shape = self.row.workload();
         let mut driver = Driver::new(&mut blk, self.memory, &shape)?;

@@ -11,7 +11,9 @@ use formats::{Image, OptionValue};
 use super::diagnostic::{Diagnostic, shortened};
 use super::host_file::{self, HostFile, Origin};
 use super::image_format::{self, Written};
-use super::kinds::{Argument, BlockSize, DiskSize, FilePath, FormatName, Id, Queues, Sha256, Url};
+use super::kinds::{
+    Argument, BlockSize, DiskSize, FilePath, FormatName, HostCpu, Id, Micros, Queues, Sha256, Url,
+};
 use super::options::{Given, Key, Table, default, derived, files, list, optional, options};
 use super::resolved::{self, Held};
 use super::section::{Context, Section};
@@ -49,6 +51,12 @@ options! {
         lock: bool = default::<bool>("true").example("false"),
         /// Number of virtqueues.
         queues: u16 = default::<Queues>("1"),
+        /// Longest time in microseconds that the disk's thread looks for requests before it sleeps.
+        /// It does so only as long as requests come that soon, and leaves the processor to others
+        /// that want it. 0: never.
+        poll_us: Option<u16> = optional::<Micros>("50"),
+        /// CPUs of the host that the disk's thread runs on.
+        cpus: Vec<u16> = list::<HostCpu>("any"),
         /// Size of the image: created if absent, grown if smaller, refused if larger.
         size: Option<u64> = optional::<DiskSize>("as the image is; it must exist"),
         /// Backing file of the image, or its chain of them in order. One that the image's header

@@ -24,6 +24,20 @@ whole! {
     Queues(u16): 1 to 64, "4"
 }
 
+whole! {
+    /// A time in microseconds, short enough that nobody minds a processor that is busy for it.
+    Micros(u16): 0 to 1000, "0"
+}
+
+whole! {
+    /// A CPU of the host; `launcher` knows which there are only when it runs there.
+    HostCpu(u16): 0 to 1023, "[2, 3]"
+}
+
+impl Listed for HostCpu {
+    const ONE_OR_MORE: &'static str = "the number of a CPU, 0 to 1023, or an array of them";
+}
+
 leaf! {
     /// Name of a VM: also a file name in the run-time folder, and a word on the command line.
     Name(String):

@@ -219,6 +219,7 @@ fn every_default_is_a_value_its_option_takes() {
     assert!(!disk.ro && !disk.root && disk.sparse && !disk.o_direct && disk.lock);
     assert_eq!((disk.block_size, disk.queues, disk.size), (512, 1, None));
     assert_eq!((&disk.id, disk.format_written), (&None, false));
+    assert_eq!((disk.poll_us, &*disk.cpus), (None, &[][..]));
     assert!(!disk.ephemeral && disk.backing.is_empty());
 }
 
@@ -245,6 +246,8 @@ block_size = 4096
 id = "ROOT"
 lock = false
 queues = 64
+poll_us = 0
+cpus = [2, 3]
 size = "8GiB"
 backing = ["c.qcow2", "~/base.img"]
 
@@ -285,6 +288,7 @@ stop_timeout = "500ms"
     assert_eq!((&*disk.format, disk.format_written), ("qcow2", true));
     assert!(disk.ro && disk.root && !disk.sparse && disk.o_direct && !disk.lock);
     assert_eq!((disk.block_size, disk.queues), (4096, 64));
+    assert_eq!((disk.poll_us, &*disk.cpus), (Some(0), &[2, 3][..]));
     assert_eq!(
         (disk.id.as_deref(), disk.size),
         (Some("ROOT"), Some(8 << 30))
@@ -318,7 +322,7 @@ fn every_key_is_described() {
             })
             .sum()
     }
-    assert_eq!(described(KEYS), 9 + 4 + 17 + 3 + 2);
+    assert_eq!(described(KEYS), 9 + 4 + 19 + 3 + 2);
     let memory = KEYS.iter().find(|key| key.name == "memory").unwrap();
     assert!(matches!(memory.absent, Absent::Value("\"512MiB\"")));
     assert!(matches!(memory.takes, Takes::Value(words, _) if words.contains("4KiB")));

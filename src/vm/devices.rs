@@ -218,6 +218,8 @@ pub(crate) fn open_disk(block: &Block, engine: Engine) -> Result<Blk, OpenError>
         id: block.id.clone(),
         queues: block.queues,
         engine,
+        poll: block.poll_us.map(u64::from).map(Duration::from_micros),
+        cpus: block.cpus.clone(),
     })
 }
 

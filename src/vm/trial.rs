@@ -68,6 +68,8 @@ pub(super) fn read_only(image: Image, format: &'static Format, engine: Engine) -
         id: None,
         queues: 1,
         engine,
+        poll: None,
+        cpus: Vec::new(),
     }
 }
 

@@ -1,6 +1,7 @@
 //! `launcher disk serve`.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use formats::Image;
@@ -70,6 +71,19 @@ struct Lone {
     /// Number of virtqueues [default: 1]
     #[arg(long, value_name = "N", conflicts_with = "disk")]
     queues: Option<u16>,
+    /// Longest time in microseconds, up to 1000, that the disk's thread looks for requests before
+    /// it sleeps; it does so only as long as requests come that soon. 0: never [default: 50]
+    #[arg(long, value_name = "N", conflicts_with = "disk",
+          value_parser = clap::value_parser!(u32).range(..=1000))]
+    poll_us: Option<u32>,
+    /// CPUs of the host that the disk's thread runs on, as 2,3 [default: any]
+    #[arg(
+        long,
+        value_name = "CPU,…",
+        conflicts_with = "disk",
+        value_delimiter = ','
+    )]
+    cpus: Vec<u16>,
 }
 
 /// A disk that is open, and what is said of it.
@@ -181,6 +195,8 @@ impl Lone {
             id: self.id.clone(),
             queues: self.queues.unwrap_or(1),
             engine: up::engine()?,
+            poll: self.poll_us.map(u64::from).map(Duration::from_micros),
+            cpus: self.cpus.clone(),
         })?;
         Ok(Opened {
             disk,

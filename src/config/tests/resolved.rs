@@ -68,6 +68,8 @@ fn each_value_says_where_it_comes_from() {
         "block.0.id = \"A\"  # /vms/web.toml:7",
         "block.0.lock = true  # default",
         "block.0.queues = 1  # default",
+        "block.0.poll_us is not  # default",
+        "block.0.cpus is not  # default",
         "block.0.size = \"8GiB\"  # --set",
         "block.0.backing = [\"/b\", \"/c\"]  # /vms/web.toml:8",
         "block.0.ephemeral = false  # default",

@@ -65,6 +65,8 @@ fn what_a_value_is_not_is_refused() {
         "block_size = 1000",
         "block_size = 131072",
         "queues = 65",
+        "poll_us = 1001",
+        "cpus = [1024]",
         "size = 511",
         "id = ''",
         "id = 'more than twenty characters'",

@@ -189,6 +189,20 @@ fn queues_are_1_to_64() {
 }
 
 #[test]
+fn a_disk_polls_for_up_to_a_millisecond() {
+    assert!(disk_takes("poll_us = 0") && disk_takes("poll_us = 1000"));
+    assert!(!disk_takes("poll_us = -1") && !disk_takes("poll_us = 1001"));
+}
+
+#[test]
+fn cpus_of_a_disk_are_one_or_more_numbers() {
+    assert!(disk_takes("cpus = 0") && disk_takes("cpus = [1023, 2]"));
+    for wrong in ["-1", "1024", "[0, 1024]", "'0'", "['0-1']", "{}"] {
+        assert!(!disk_takes(&format!("cpus = {wrong}")), "{wrong}");
+    }
+}
+
+#[test]
 fn a_disk_size_is_whole_sectors_and_whole_blocks() {
     assert!(disk_takes("size = 512") && disk_takes("size = '8GiB'"));
     assert!(disk_takes("size = 4096\nblock_size = 4096"));

@@ -110,12 +110,31 @@ impl Virtqueue {
         Ok((virtqueue, kick))
     }
 
-    /// Takes every chain that the driver has made available and passes its head to `take`;
-    /// returns whether there was one. If there was none, the driver notifies of the next.
+    /// Takes what is available, as [`Virtqueue::take_available`] does; if there is nothing, the
+    /// driver notifies of the next.
     ///
     /// While chains come, notifications stay off: the caller comes back before it sleeps.
-    /// Bounded by the queue size, whatever the driver does meanwhile.
     pub(crate) fn take(&mut self, mut take: impl FnMut(u16)) -> Result<bool, BrokenRing> {
+        loop {
+            if self.take_available(&mut take)? {
+                return Ok(true);
+            }
+            if self.notified {
+                return Ok(false);
+            }
+            self.notified = true;
+            if !self.queue.enable_notification(&*self.table.memory)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    /// Takes every chain that the driver has made available and passes its head to `take`;
+    /// returns whether there was one. If there was none, whether the driver notifies of the next
+    /// stays as it is.
+    ///
+    /// Bounded by the queue size, whatever the driver does meanwhile.
+    pub(crate) fn take_available(&mut self, mut take: impl FnMut(u16)) -> Result<bool, BrokenRing> {
         let memory: &GuestMemory = &self.table.memory;
         let before = self.queue.next_avail();
         if !self.resumed.is_empty() {
@@ -125,40 +144,40 @@ impl Virtqueue {
             }
             return Ok(true);
         }
-        loop {
-            let (size, in_flight) = (self.table.size, &mut self.in_flight);
-            for chain in self.queue.iter(memory)? {
-                let head = chain.head_index();
-                if head >= size {
-                    return Err(BrokenRing(format!(
-                        "the available ring names descriptor {head} of {size}"
-                    )));
-                }
-                if *in_flight == size {
-                    return Err(BrokenRing(format!(
-                        "more than {size} chains are in flight, the size of the virtqueue"
-                    )));
-                }
-                *in_flight += 1;
-                if let Some(record) = &mut self.record {
-                    record.taken(head);
-                }
-                take(head);
+        let (size, in_flight) = (self.table.size, &mut self.in_flight);
+        for chain in self.queue.iter(memory)? {
+            let head = chain.head_index();
+            if head >= size {
+                return Err(BrokenRing(format!(
+                    "the available ring names descriptor {head} of {size}"
+                )));
             }
-            if self.queue.next_avail() != before {
-                if std::mem::take(&mut self.notified) {
-                    self.queue.disable_notification(memory)?;
-                }
-                return Ok(true);
+            if *in_flight == size {
+                return Err(BrokenRing(format!(
+                    "more than {size} chains are in flight, the size of the virtqueue"
+                )));
             }
-            if self.notified {
-                return Ok(false);
+            *in_flight += 1;
+            if let Some(record) = &mut self.record {
+                record.taken(head);
             }
-            self.notified = true;
-            if !self.queue.enable_notification(memory)? {
-                return Ok(false);
-            }
+            take(head);
         }
+        if self.queue.next_avail() == before {
+            return Ok(false);
+        }
+        if std::mem::take(&mut self.notified) {
+            self.queue.disable_notification(memory)?;
+        }
+        Ok(true)
+    }
+
+    /// Whether there is something to take, or to find out about.
+    pub(crate) fn has_available(&self) -> bool {
+        let memory: &GuestMemory = &self.table.memory;
+        let available = self.queue.avail_idx(memory, Ordering::Acquire);
+        !self.resumed.is_empty()
+            || available.map_or(true, |index| index.0 != self.queue.next_avail())
     }
 
     /// Walks the chain of a head that was taken.

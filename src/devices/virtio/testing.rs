@@ -354,6 +354,16 @@ impl Driver {
         (self.read(self.base + USED), self.read(event))
     }
 
+    /// Waits until `flags` of the used ring and `avail_event` are these.
+    pub(crate) fn wait_suppression(&self, expected: (u16, u16)) {
+        let start = Instant::now();
+        while self.suppression() != expected {
+            let now = self.suppression();
+            assert!(start.elapsed() < PATIENCE, "{now:?}, expected {expected:?}");
+            thread::yield_now();
+        }
+    }
+
     /// Sets `flags` of the available ring.
     pub(crate) fn set_available_flags(&self, flags: u16) {
         self.write(self.base + AVAILABLE, flags);

@@ -14,9 +14,11 @@ use formats::Disk;
 
 use super::features::SECTOR_SIZE;
 use super::latency::{Finished, Measured};
+use super::polling::Sleep;
 use super::reply::Reply;
 use super::request::{Range, Request, Rules, Status};
 use super::worker::{Cache, Gate, Serving, Worker};
+use crate::devices::virtio::queue::Virtqueue;
 
 /// Bytes of data after which the driver is told at once, while other requests are served: then
 /// it uses that time to make more available, rather than both waiting for each other in turn.
@@ -59,13 +61,48 @@ impl Slot {
 impl Worker {
     /// Called before the thread sleeps: tells the driver of what was used, and looks for more.
     pub(super) fn idle(self: &Rc<Self>) {
+        if self.asleep.get().is_some() {
+            self.woken(Instant::now());
+        }
         let mut serving = self.serving.borrow_mut();
         let Some(serving) = serving.as_mut() else {
             return;
         };
         self.signal(serving);
+        if serving.broken || self.gate.get() != Gate::Open {
+            return;
+        }
+        let more = self.linger(serving);
         for index in 0..serving.queues.len() {
-            self.take_from(serving, index);
+            self.take_from(serving, index, !more);
+        }
+    }
+
+    /// Looks for more as long as that is likely to be worth it; whether there is. Meanwhile the
+    /// driver is not asked for notifications.
+    fn linger(&self, serving: &Serving) -> bool {
+        let in_flight = self.in_flight.get() > 0;
+        let polling = &mut self.polling.borrow_mut()[usize::from(in_flight)];
+        let (since, window) = (Instant::now(), polling.window());
+        let look = || serving.queues.iter().any(Virtqueue::has_available);
+        let after = self.ring.linger(window, look);
+        match after {
+            Some(after) => polling.found(after),
+            None => self.asleep.set(Some(Sleep {
+                since,
+                polled: !window.is_zero(),
+                in_flight,
+            })),
+        }
+        after.is_some()
+    }
+
+    /// Something has come.
+    fn woken(&self, now: Instant) {
+        if let Some(sleep) = self.asleep.take() {
+            let total = now.saturating_duration_since(sleep.since);
+            let polling = &mut self.polling.borrow_mut()[usize::from(sleep.in_flight)];
+            polling.slept(total, sleep.polled);
         }
     }
 
@@ -84,23 +121,33 @@ impl Worker {
     /// Takes what is available in a virtqueue.
     pub(super) fn take(self: &Rc<Self>, index: usize) {
         if let Some(serving) = &mut *self.serving.borrow_mut() {
-            self.take_from(serving, index);
+            self.take_from(serving, index, false);
         }
     }
 
-    fn take_from(self: &Rc<Self>, serving: &mut Serving, index: usize) {
+    /// Takes what is available in a virtqueue; with `notify`, the driver notifies of the next if
+    /// there is nothing.
+    fn take_from(self: &Rc<Self>, serving: &mut Serving, index: usize, notify: bool) {
         if serving.broken || self.gate.get() != Gate::Open {
             return;
         }
         // All that is taken in one go has waited for the same look at the clock.
         let mut now = None;
-        let result = serving.queues[index].take(|head| {
+        let take = |head| {
             self.dispatch(Job {
                 queue: index,
                 head,
                 taken: *now.get_or_insert_with(Instant::now),
             });
-        });
+        };
+        let queue = &mut serving.queues[index];
+        let result = match notify {
+            true => queue.take(take),
+            false => queue.take_available(take),
+        };
+        if let Some(now) = now {
+            self.woken(now);
+        }
         if let Err(error) = result {
             self.break_off(serving, &error);
         }

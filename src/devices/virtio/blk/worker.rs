@@ -17,9 +17,10 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use super::command::Command;
 use super::features::{Profile, has};
 use super::latency::Finished;
+use super::polling::{LONGEST, Polling, Sleep};
 use super::serve::Slot;
 use super::unflushed::Ledger;
-use super::{BlkOptions, Shared};
+use super::{BlkOptions, Shared, affinity};
 use crate::devices::GuestMemory;
 use crate::devices::throttle::Throttle;
 use crate::devices::virtio::chain::Scratch;
@@ -83,6 +84,11 @@ pub(super) struct Worker {
     pub(super) untold: Cell<usize>,
     /// Requests given back of which the driver was not told yet.
     pub(super) finished: RefCell<Vec<Finished>>,
+    /// How long to look for more before the thread sleeps: while nothing is in flight, and while
+    /// something is.
+    pub(super) polling: RefCell<[Polling; 2]>,
+    /// The sleep that began last, until something has come.
+    pub(super) asleep: Cell<Option<Sleep>>,
     /// Tasks that wait for notifications.
     listeners: Cell<usize>,
     /// What wakes each of them when the gate is shut.
@@ -99,6 +105,10 @@ pub(super) fn run(
     wake: File,
     opened: SyncSender<Result<Profile, OpenError>>,
 ) -> io::Result<()> {
+    if let Err(error) = affinity::pin(&options.cpus) {
+        let _ = opened.send(Err(error));
+        return Ok(());
+    }
     let ring = match Ring::new(options.engine) {
         Ok(ring) => ring,
         Err(error) => {
@@ -191,6 +201,8 @@ impl Worker {
             in_flight: Cell::default(),
             untold: Cell::default(),
             finished: RefCell::default(),
+            polling: RefCell::new([Polling::new(options.poll.unwrap_or(LONGEST)); 2]),
+            asleep: Cell::default(),
             listeners: Cell::default(),
             sleepers: RefCell::default(),
             waiter: RefCell::default(),

@@ -102,6 +102,8 @@ impl Bench {
             id: None,
             queues: 1,
             engine: Engine::Auto,
+            poll: None,
+            cpus: Vec::new(),
         }
     }
 

@@ -188,6 +188,8 @@ impl Bench {
             id: Some(ID.into()),
             queues: QUEUES,
             engine: Engine::Auto,
+            poll: None,
+            cpus: Vec::new(),
         })
     }
 }

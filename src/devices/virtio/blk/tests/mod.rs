@@ -7,6 +7,7 @@ mod faults;
 mod lifecycle;
 mod model;
 mod normative;
+mod polling;
 mod qcow2;
 mod requests;
 mod unflushed;
@@ -41,6 +42,7 @@ struct Setup {
     format: &'static Format,
     ephemeral: bool,
     engine: Engine,
+    poll: Option<Duration>,
     size: u64,
     ro: bool,
     o_direct: bool,
@@ -58,6 +60,7 @@ impl Setup {
             format,
             ephemeral: false,
             engine: Engine::Auto,
+            poll: None,
             size: SIZE,
             ro: false,
             o_direct: false,
@@ -97,6 +100,8 @@ impl Setup {
             id: self.id.clone(),
             queues: self.queues,
             engine: self.engine,
+            poll: self.poll,
+            cpus: Vec::new(),
         }
     }
 
