@@ -433,6 +433,8 @@ impl Disk {
             id: Some("SECOND DRIVER".into()),
             queues: 1,
             engine: self.engine,
+            poll: None,
+            cpus: Vec::new(),
         });
         let blk = blk.unwrap();
         let handle = blk.handle();
