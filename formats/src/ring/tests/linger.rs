@@ -80,9 +80,9 @@ fn a_transfer_is_submitted_and_its_completion_ends_it() {
     each(|ring| {
         let file = engine_file(&[7; 512]);
         let to = segments(&[0; 512]);
+        // It may be in before the ring waits for it.
         let waits = AtomicBool::new(false);
         awake(ring, &waits, ring.read_exact_at(&file, 0, to.clone())).unwrap();
-        assert!(waits.into_inner());
         assert_eq!(bytes(&to), [7; 512]);
     });
 }
