@@ -102,7 +102,7 @@ fn served_root_is_booted_again_and_again() {
 /// Files are written and synced, each with its sum, until there are enough.
 const WRITER: &str = "(n=0; while [ ! -e /tmp/enough ]; do n=$((n + 1)); \
      dd if=/dev/urandom of=/mnt/f.$((n % 40)) bs=16k count=$((n % 7 + 1)) conv=fsync status=none || break; \
-     echo $n >/tmp/written; done; sync; echo done >/tmp/ended) &";
+     echo $n >/tmp/written; done; sync; echo done >/tmp/ended) & true";
 
 fn killed_server_is_a_pause_for_the_guest() {
     const KILLS: u32 = 8;

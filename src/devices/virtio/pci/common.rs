@@ -160,8 +160,11 @@ impl Common {
                 return self.set_status(interrupt, byte);
             }
         } else if let Ok(bytes) = data.try_into() {
+            let vector = interrupt.queue_vector(self.queue_select);
+            let selected = self.queue_select;
             self.write_16(interrupt, offset, u16::from_le_bytes(bytes));
-            if offset == QUEUE_MSIX_VECTOR && interrupt.status() & DRIVER_OK != 0 {
+            let active = interrupt.status() & DRIVER_OK != 0;
+            if active && interrupt.queue_vector(selected) != vector {
                 return Request::Remapped;
             }
         } else if let Ok(bytes) = data.try_into() {
