@@ -66,6 +66,8 @@ impl Options {
     /// Measures all cases, and tells of each when it is done. The folder is for images.
     pub fn run(&self, folder: &Path, told: &mut dyn FnMut(&Row)) -> Result<Vec<Row>> {
         let images = Images::new(folder, self.area, self.fresh);
+        // The name of a socket may have 107 bytes: those of images may be longer.
+        let sockets = tempfile::tempdir()?;
         let mut rows = Vec::new();
         // 0 is what images are made with.
         let mut measurement = 0;
@@ -84,7 +86,7 @@ impl Options {
                     let column = &mut columns[(round + turn) % count];
                     measurement += 1;
                     let side = column.side;
-                    let measured = self.measure(&images, &case, side, measurement, folder);
+                    let measured = self.measure(&images, &case, side, measurement, sockets.path());
                     let failed = |error| format!("{case} with {}: {error}", side.name());
                     column.rounds.push(measured.map_err(failed)?);
                 }
@@ -102,13 +104,13 @@ impl Options {
         case: &Case,
         side: Side,
         measurement: u64,
-        folder: &Path,
+        sockets: &Path,
     ) -> Result<Measured> {
         if interrupted() {
             return Err("interrupted".into());
         }
         let image = images.prepare(case)?;
-        let mut server = Server::start(side, &self.launcher, case, &image, folder)?;
+        let mut server = Server::start(side, &self.launcher, case, &image, sockets)?;
         let mut client = server.connect(case.depth * case.len)?;
         let offsets = Offsets::new(*case, images.area(case), measurement);
         let until = match case.allocating {

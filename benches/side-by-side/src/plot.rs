@@ -56,18 +56,17 @@ pub fn svg(host: &Host, rows: &[Row]) -> String {
     }
     let bottom = TOP + LINE * rows.len() as f64;
     for tick in scale.ticks() {
-        text(
-            scale.x(tick),
-            bottom + 18.0,
-            "faint middle",
-            &format!("{tick}x"),
-        );
+        let times = match tick < 1.0 {
+            true => format!("1/{}x", 1.0 / tick),
+            false => format!("{tick}x"),
+        };
+        text(scale.x(tick), bottom + 18.0, "faint middle", &times);
     }
     text(
         LEFT,
         bottom + 36.0,
         "faint",
-        "left of 1x: slower than QEMU; right of it: faster",
+        "left of 1x: slower than QEMU; right of it: faster. d: in flight; warm: page cache; direct: O_DIRECT",
     );
     let mark = |class: &str, x: f64| {
         let y = legend - 9.0;
@@ -138,8 +137,9 @@ impl Scale {
             greatest = greatest.max(ratio.greatest.log2().ceil());
         }
         Scale {
-            least: least.max(-6.0),
-            greatest: greatest.min(8.0),
+            // One bad round must not press all others together.
+            least: least.max(-3.0),
+            greatest: greatest.min(5.0),
         }
     }
 

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
-use formats::{Disk, Format, Image, Ring};
+use formats::{Disk, Engine, Format, Image, Ring};
 use serde::Serialize;
 
 use self::load::{Load, Measured};
@@ -79,8 +79,7 @@ struct Report {
     /// Bytes where reads go to: those that hold data.
     data: u64,
     o_direct: bool,
-    /// `io_uring` or `threads`.
-    engine: String,
+    engine: &'static str,
     rows: Vec<Row>,
 }
 
@@ -163,7 +162,10 @@ impl Bench {
             size,
             data: places.data(),
             o_direct: image.o_direct,
-            engine: format!("{:?}", ring.engine()).to_lowercase(),
+            engine: match ring.engine() {
+                Engine::Threads => "threads",
+                Engine::Auto | Engine::IoUring => "io_uring",
+            },
             rows: Vec::new(),
         };
         let mut load = Load::new(ring, disk, self.seconds);
