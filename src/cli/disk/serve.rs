@@ -40,7 +40,7 @@ pub(super) struct Serve {
     /// name
     #[arg(value_name = "PATH|VM")]
     what: PathBuf,
-    /// A disk of that VM: its index over [[block]] from 0, or its id
+    /// A disk of that VM: its index over `[[block]]` from 0, or its id
     #[arg(value_name = "INDEX|ID")]
     disk: Option<String>,
     /// Where to listen
