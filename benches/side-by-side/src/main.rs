@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
@@ -58,7 +59,17 @@ fn clusters(text: &str) -> std::result::Result<u64, String> {
     count.ok_or_else(|| "expected a power of two from 16 to 16777216".into())
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match compare() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn compare() -> Result<()> {
     let arguments = Arguments::parse();
     watchdog::catch_signals()?;
     let window = Duration::from_secs_f64(arguments.seconds);

@@ -43,7 +43,7 @@ pub(super) struct Bench {
     /// name
     #[arg(value_name = "PATH|VM")]
     what: PathBuf,
-    /// A disk of that VM: its index over [[block]] from 0, or its id
+    /// A disk of that VM: its index over `[[block]]` from 0, or its id
     #[arg(value_name = "INDEX|ID")]
     disk: Option<String>,
     /// Format of the image [default: the one that its extension stands for]
