@@ -14,6 +14,7 @@ use side_by_side::{plot, table};
 fn options(launcher: &Path) -> Options {
     Options {
         launcher: launcher.to_owned(),
+        serve: Vec::new(),
         only: Vec::new(),
         rounds: 1,
         window: Duration::from_millis(20),

@@ -36,7 +36,11 @@ impl Host {
                 file_system(folder)?,
             ),
             programs: format!(
-                "{ours}; {qemu}, {}",
+                "{ours}{}; {qemu}, {}",
+                match options.serve.is_empty() {
+                    true => String::new(),
+                    false => format!(" with {}", options.serve.join(" ")),
+                },
                 match options.iothread {
                     true => "export in an iothread",
                     false => "export in the main loop",

@@ -17,6 +17,9 @@ struct Arguments {
     /// The program that is measured
     #[arg(long, default_value = "target/release/launcher")]
     launcher: PathBuf,
+    /// One more argument for `launcher disk serve`, such as `--serve=--poll-us=0`; may be given again
+    #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
+    serve: Vec<String>,
     /// Only cases whose name contains one of these, such as `raw-read` or `d32-warm`
     #[arg(long, value_name = "PART", value_delimiter = ',')]
     only: Vec<String>,
@@ -75,6 +78,7 @@ fn compare() -> Result<()> {
     let window = Duration::from_secs_f64(arguments.seconds);
     let options = Options {
         launcher: arguments.launcher,
+        serve: arguments.serve,
         only: arguments.only,
         rounds: arguments.rounds as usize,
         window,

@@ -19,6 +19,8 @@ const SAMPLE: u64 = 64;
 pub struct Options {
     /// The program that serves.
     pub launcher: PathBuf,
+    /// More arguments for `launcher disk serve`.
+    pub serve: Vec<String>,
     /// Only cases whose name contains one of these; all if there is none.
     pub only: Vec<String>,
     /// Measurements of each side.
@@ -110,7 +112,7 @@ impl Options {
             return Err("interrupted".into());
         }
         let image = images.prepare(case)?;
-        let mut server = Server::start(side, &self.launcher, case, &image, sockets)?;
+        let mut server = Server::start(side, self, case, &image, sockets)?;
         let mut client = server.connect(case.depth * case.len)?;
         let offsets = Offsets::new(*case, images.area(case), measurement);
         let until = match case.allocating {

@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal
 use crate::Result;
 use crate::case::{Case, Format};
 use crate::client::Client;
+use crate::measure::Options;
 
 /// How long a server may take to start, and to end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -73,11 +74,11 @@ impl Side {
         }
     }
 
-    fn command(self, launcher: &Path, case: &Case, image: &Path, socket: &Path) -> Command {
+    fn command(self, options: &Options, case: &Case, image: &Path, socket: &Path) -> Command {
         let format = case.format.name();
         match self {
             Side::Launcher => {
-                let mut command = Command::new(launcher);
+                let mut command = Command::new(&options.launcher);
                 command.args(["disk", "serve"]).arg(image);
                 command
                     .args(["--format", format])
@@ -86,6 +87,7 @@ impl Side {
                 if case.direct {
                     command.arg("--o-direct");
                 }
+                command.args(&options.serve);
                 command
             }
             Side::Qemu { aio, iothread } => {
@@ -134,13 +136,13 @@ impl Server {
     /// Starts it, in a folder for its socket and what it says.
     pub fn start(
         side: Side,
-        launcher: &Path,
+        options: &Options,
         case: &Case,
         image: &Path,
         folder: &Path,
     ) -> Result<Server> {
         let (socket, said) = (folder.join("disk.sock"), folder.join("stderr"));
-        let mut command = side.command(launcher, case, image, &socket);
+        let mut command = side.command(options, case, image, &socket);
         command
             .env("XDG_STATE_HOME", folder)
             .env_remove("LAUNCHER_LOG")

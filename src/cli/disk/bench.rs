@@ -2,6 +2,7 @@
 
 mod load;
 mod places;
+mod report;
 mod scratch;
 
 use std::path::PathBuf;
@@ -9,13 +10,13 @@ use std::time::Duration;
 
 use clap::Args;
 use formats::{Disk, Engine, Format, Image, Ring};
-use serde::Serialize;
 
-use self::load::{Load, Measured};
+use self::load::Load;
 use self::places::Places;
+use self::report::{Report, Row};
 use super::image::ring;
 use super::which::{Found, Which};
-use crate::cli::output::{print, print_json, rough, table};
+use crate::cli::output::{print, print_json};
 use crate::config::size;
 use crate::error::text;
 use crate::{Error, Result, exit};
@@ -68,35 +69,6 @@ pub(super) struct Bench {
     /// Print JSON
     #[arg(long)]
     json: bool,
-}
-
-/// What was measured, as programs see it.
-#[derive(Serialize)]
-struct Report {
-    path: String,
-    format: &'static str,
-    size: u64,
-    /// Bytes where reads go to: those that hold data.
-    data: u64,
-    o_direct: bool,
-    engine: &'static str,
-    rows: Vec<Row>,
-}
-
-/// One row of the table. Latencies are in microseconds.
-#[derive(Serialize)]
-struct Row {
-    what: &'static str,
-    request_size: u64,
-    depth: usize,
-    requests: u64,
-    iops: f64,
-    mib_per_second: f64,
-    p50_us: f64,
-    p99_us: f64,
-    max_us: f64,
-    /// Of all threads of this process.
-    cpu_us_per_request: f64,
 }
 
 impl Bench {
@@ -285,69 +257,6 @@ fn seconds(text: &str) -> std::result::Result<Duration, String> {
     let seconds = seconds.filter(|seconds| (0.01..=3600.0).contains(seconds));
     let wrong = || "expected a number from 0.01 to 3600".to_owned();
     seconds.map(Duration::from_secs_f64).ok_or_else(wrong)
-}
-
-impl Row {
-    fn of(what: &'static str, len: u64, depth: usize, measured: &Measured) -> Row {
-        let seconds = measured.time.as_secs_f64();
-        let count = measured.requests as f64;
-        let micros = |time: Duration| time.as_nanos() as f64 / 1000.0;
-        Row {
-            what,
-            request_size: len,
-            depth,
-            requests: measured.requests,
-            iops: count / seconds,
-            mib_per_second: count / seconds * len as f64 / MIB as f64,
-            p50_us: micros(measured.latency.p50),
-            p99_us: micros(measured.latency.p99),
-            max_us: micros(measured.latency.max),
-            cpu_us_per_request: micros(measured.processor) / count.max(1.0),
-        }
-    }
-
-    fn cells(&self) -> [String; 9] {
-        [
-            self.what.to_owned(),
-            size::show(self.request_size),
-            self.depth.to_string(),
-            format!("{:.0}", self.iops),
-            format!("{:.1}", self.mib_per_second),
-            format!("{:.1}", self.p50_us),
-            format!("{:.1}", self.p99_us),
-            format!("{:.1}", self.max_us),
-            format!("{:.2}", self.cpu_us_per_request),
-        ]
-    }
-}
-
-impl Report {
-    fn shown(&self, wrote: bool) -> String {
-        let (size, data) = (size::show(self.size), rough(self.data));
-        let cache = match self.o_direct {
-            true => "past the page cache",
-            false => "through the page cache",
-        };
-        let mut text = format!(
-            "{} ({}, {size}, {data} of it data), {cache}, by {}\n",
-            self.path, self.format, self.engine
-        );
-        if self.data == 0 {
-            text += "there is no data on it: reads find zeroes, without reading anything\n";
-        }
-        if wrote {
-            text += "writes went to a new image beside it, which is gone\n";
-        }
-        let head = [
-            "", "size", "depth", "IOPS", "MiB/s", "p50 us", "p99 us", "max us", "cpu us",
-        ];
-        let head = head.map(str::to_owned);
-        let rows: Vec<_> = [head]
-            .into_iter()
-            .chain(self.rows.iter().map(Row::cells))
-            .collect();
-        text + "\n" + &table(&rows)
-    }
 }
 
 #[cfg(test)]
