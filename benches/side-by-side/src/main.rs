@@ -33,7 +33,7 @@ struct Arguments {
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u64).range(16..1 << 20))]
     size: u64,
     /// Clusters of a new image, each of which a request allocates: a power of two
-    #[arg(long, default_value_t = 65536, value_parser = clusters)]
+    #[arg(long, default_value_t = 16384, value_parser = clusters)]
     clusters: u64,
     /// Gives QEMU's export a thread of its own (`iothread`)
     #[arg(long)]

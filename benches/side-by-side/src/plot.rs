@@ -39,7 +39,12 @@ pub fn svg(host: &Host, rows: &[Row]) -> String {
         "text title",
         "launcher disk serve: requests a second, as a multiple of the better qemu-storage-daemon",
     );
-    text(16.0, 45.0, "faint", &host.machine);
+    text(
+        16.0,
+        45.0,
+        "faint",
+        &format!("{}; load before: {}", host.machine, host.load),
+    );
     let legend = TOP - 27.0;
     text(32.0, legend, "text", "bar met");
     text(116.0, legend, "text", "bar missed");
