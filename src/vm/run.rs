@@ -16,7 +16,7 @@ use super::memory::{self, Sharing};
 use super::session::{End, Session};
 use super::{Ended, Running, UpOptions, host, vcpu};
 use crate::config::{Block, ConsoleMode, Vm};
-use crate::control::messages::{Event, How};
+use crate::control::messages::{Event, How, Resized};
 use crate::exit;
 use crate::{Error, Result, messages};
 
@@ -58,6 +58,7 @@ fn up(config: &Vm, options: &UpOptions, running: Running<'_>) -> Result<(End, Re
     let life = Arc::new(Life::new());
     let console = console(config, options, &life)?;
     let keys = shown(config, options);
+    tell_of_resizes(&devices, &life);
     let (mut session, orders) = Session::new(config, Arc::clone(&life), console.clone(), keys)?;
 
     let control = Control::new(config, &devices, Arc::clone(&life), orders, console);
@@ -74,6 +75,19 @@ fn up(config: &Vm, options: &UpOptions, running: Running<'_>) -> Result<(End, Re
     let closed = devices.close();
     session.close();
     Ok((ended?, closed))
+}
+
+/// Has disks that other processes serve tell of the sizes that they get there.
+fn tell_of_resizes(devices: &Devices, life: &Arc<Life>) {
+    for (index, disk) in devices.disks().enumerate() {
+        if let DiskHandle::Served(disk) = disk {
+            let life = Arc::clone(life);
+            disk.on_resize(move |from, to| {
+                let disk = index;
+                life.publish(Event::Resized(Resized { disk, from, to }));
+            });
+        }
+    }
 }
 
 /// What is booted now: with `from_block`, what the disk has at this time.

@@ -60,8 +60,8 @@ fn served_disk_holds_a_file_system_and_grows_under_it() {
     vm.run("dd if=/dev/urandom of=/mnt/file bs=64k count=100 status=none");
     let written = vm.run("sha256sum </mnt/file");
     // It grows at its server, under the file system.
-    let mut image = File::options();
-    let image = image.write(true).open(folder.path("data.img")).unwrap();
+    let path = folder.path("data.img");
+    let image = File::options().write(true).open(path).unwrap();
     image.set_len(48 * MIB).unwrap();
     server.signal(Signal::HUP);
     is_now(&mut vm, "vda", 48 * MIB);

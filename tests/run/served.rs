@@ -101,3 +101,23 @@ fn orders_are_carried_out_while_the_server_is_away() {
     assert_eq!(vm.exit(), 1);
     assert!(start.elapsed() < PATIENCE);
 }
+
+#[test]
+fn a_disk_that_grows_at_its_server_is_an_event() {
+    let (folder, server) = served(&forever(&[print("."), spin_for_a_while()].concat()));
+    let vm = folder.up();
+    vm.out.wait_for("...", 1);
+    let mut events = Client::of(&folder);
+    events.order("subscribe");
+    let path = folder.path("disk.img");
+    let image = std::fs::File::options().write(true).open(path).unwrap();
+    image.set_len(3 << 20).unwrap();
+    server.signal(Signal::HUP);
+    let event = events.line();
+    assert_eq!(event["event"], "resized", "{event}");
+    assert_eq!(
+        (&event["from"], &event["to"]),
+        (&(1 << 20).into(), &(3 << 20).into())
+    );
+    assert_eq!(Client::of(&folder).status()["disks"][0]["size"], 3 << 20);
+}

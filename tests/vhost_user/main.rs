@@ -94,8 +94,8 @@ impl Folder {
 
     /// Gives the image so many bytes.
     fn resize(&self, len: u64) {
-        let mut options = fs::File::options();
-        let image = options.write(true).open(self.path("disk.img")).unwrap();
+        let path = self.path("disk.img");
+        let image = fs::File::options().write(true).open(path).unwrap();
         image.set_len(len).unwrap();
     }
 

@@ -64,6 +64,9 @@ pub struct VhostUserOptions {
 /// Connects to a back end, without waiting long for it.
 pub type Connect = Box<dyn Fn() -> io::Result<UnixStream> + Send>;
 
+/// Is told of a size that the disk had, and the one that it has now, in bytes.
+type OnResize = Box<dyn Fn(u64, u64) + Send>;
+
 /// What other threads ask of the device's.
 enum Command {
     /// Hands the virtqueues to the back end, as soon as there is one.
@@ -89,6 +92,7 @@ struct Shared {
     waiting: AtomicUsize,
     line: Mutex<Line>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+    on_resize: Mutex<Option<OnResize>>,
     wake: OwnedFd,
 }
 
@@ -140,6 +144,12 @@ impl VhostUserHandle {
         lock(&self.shared.config).size()
     }
 
+    /// From now on tells of sizes that the disk gets at its server: the one before, and the new
+    /// one, in bytes. It is called on the disk's thread, and must not block.
+    pub fn on_resize(&self, tell: impl Fn(u64, u64) + Send + 'static) {
+        *lock(&self.shared.on_resize) = Some(Box::new(tell));
+    }
+
     /// Whether there is a back end. Without one, the guest waits.
     pub fn is_connected(&self) -> bool {
         self.shared.connected.load(Ordering::Relaxed)
@@ -181,6 +191,7 @@ impl VhostUser {
             waiting: AtomicUsize::new(0),
             line: Mutex::default(),
             interrupt: Mutex::default(),
+            on_resize: Mutex::default(),
             wake,
         });
         let (commands, receiver) = mpsc::channel();

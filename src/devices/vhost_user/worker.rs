@@ -351,8 +351,14 @@ impl Worker {
         let mut config = lock(&self.shared.config);
         let shown = offer.config.shown(self.options.queues, config.0[WRITEBACK]);
         let changed = *config != shown;
+        let (from, to) = (config.size(), shown.size());
         *config = shown;
         drop(config);
+        if from != to
+            && let Some(tell) = &*lock(&self.shared.on_resize)
+        {
+            tell(from, to);
+        }
         self.offer.config = offer.config;
         // What a driver finds of the cache is as it was at first.
         if changed && let Some(interrupt) = &*lock(&self.shared.interrupt) {
