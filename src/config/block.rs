@@ -1,6 +1,7 @@
 //! Disks: `[[block]]`.
 
 mod backing;
+mod served;
 
 use std::collections::HashMap;
 use std::hash::Hash;
@@ -18,6 +19,8 @@ use super::options::{Given, Key, Table, default, derived, files, list, optional,
 use super::resolved::{self, Held};
 use super::section::{Context, Section};
 use crate::digest::Digest;
+
+pub use served::VHOST_USER;
 
 options! {
     /// A disk.
@@ -85,23 +88,7 @@ options! {
     }
 }
 
-/// What stands for the format of a disk that another process serves.
-pub const VHOST_USER: &str = "vhost-user";
-
-/// The options of such a disk.
-const OF_SERVED: [&str; 4] = ["vhost_user", "ro", "root", "queues"];
-
 impl Block {
-    /// Whether another process serves it, at the socket `path`: it has no image here.
-    pub fn is_served(&self) -> bool {
-        self.vhost_user.is_some()
-    }
-
-    /// Whether it has this option. A disk that another process serves has few.
-    pub(super) fn has_option(&self, key: &str) -> bool {
-        !self.is_served() || OF_SERVED.contains(&key)
-    }
-
     /// The image, and how its format opens it.
     pub fn image(&self) -> Image {
         Image {
@@ -254,28 +241,6 @@ impl GivenBlock {
         given
     }
 
-    /// What a disk is that another process serves, that process is told.
-    fn stands_alone(&self, cx: &Context<'_>) {
-        for (key, at) in self.written() {
-            if OF_SERVED.contains(&key) {
-                continue;
-            }
-            let help = match key {
-                "path" | "url" | "build" => {
-                    "the image is opened here, or by the process that serves it: remove one of them"
-                }
-                "id" => "the guest asks the server for it: `launcher disk serve --id ...`",
-                _ => "it is for the process that serves the disk: give it there",
-            };
-            let title = format!("`{key}` is given beside `vhost_user`, expected one of them");
-            cx.report(
-                Diagnostic::value(Some(at), title)
-                    .related(self.vhost_user.at.clone(), "and this")
-                    .help(help.to_owned()),
-            );
-        }
-    }
-
     fn origin(&mut self) -> Origin<'_> {
         Origin {
             path: &mut self.path,
@@ -348,16 +313,6 @@ impl GivenBlock {
         let at = self.build.at.as_ref().or(self.path.at.as_ref());
         let folder = host_file::folder(cx, at);
         self.finish(folder, written, tables?)
-    }
-
-    /// The same of a disk that another process serves.
-    fn resolve_served(mut self, mut section: Section<'_>) -> Option<Block> {
-        let cx = section.cx;
-        image_format::refuse_tables(&mut section, &self.vhost_user.at);
-        unknown(section);
-        self.format.value = Some(VHOST_USER.to_owned());
-        let folder = host_file::folder(cx, self.vhost_user.at.as_ref());
-        self.finish(folder, false, Vec::new())
     }
 
     /// Nothing of an ephemeral disk is worth while that is not written, or allocated ahead.

@@ -13,6 +13,7 @@
 mod channel;
 mod link;
 mod offer;
+mod reconnect;
 #[cfg(test)]
 mod tests;
 mod worker;
