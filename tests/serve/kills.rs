@@ -17,7 +17,7 @@ fn qcow2(folder: &Folder) {
 }
 
 /// Sound, as `qemu-img` sees it; space that nothing uses is what a kill may leave behind.
-fn check(image: &Path) {
+pub(crate) fn sound(image: &Path) {
     let mut judge = Command::new("qemu-img");
     let output = judge.args(["check", "-q"]).arg(image).output().unwrap();
     assert!(matches!(output.status.code(), Some(0 | 3)), "{output:?}");
@@ -69,7 +69,7 @@ fn a_server_of_a_qcow2_image_that_is_killed_with_writes_fails_one_flush_of_the_n
         }
         server.kill();
         drop(front);
-        check(&folder.path("disk.qcow2"));
+        sound(&folder.path("disk.qcow2"));
 
         let front;
         (server, front) = next(&folder, &mut guest, "disk.qcow2");
@@ -86,7 +86,7 @@ fn a_server_of_a_qcow2_image_that_is_killed_with_writes_fails_one_flush_of_the_n
         guest.flush();
         server.kill();
         drop(front);
-        check(&folder.path("disk.qcow2"));
+        sound(&folder.path("disk.qcow2"));
         let front;
         (server, front) = next(&folder, &mut guest, "disk.qcow2");
         for number in 0..8 {

@@ -8,6 +8,7 @@ mod guest;
 mod hostile;
 mod kills;
 mod library;
+mod linux;
 mod messages;
 #[path = "../program/mod.rs"]
 mod program;
@@ -124,10 +125,13 @@ impl Server {
         said
     }
 
-    /// Ends it as a power cut does.
-    fn kill(mut self) {
+    /// Ends it as a power cut does; what it said until then.
+    fn kill(mut self) -> String {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+        let mut said = String::new();
+        self.said.read_to_string(&mut said).unwrap();
+        said
     }
 }
 
