@@ -15,7 +15,7 @@ use crate::messages::*;
 use crate::{Folder, MIB, Server};
 
 /// The server is as it was.
-fn expect_sound(server: &Server) {
+pub(crate) fn expect_sound(server: &Server) {
     let mut guest = Guest::new(1);
     let _front = guest.attach(&server.socket);
     assert!(guest.read(9, 512) == [9; 512]);
@@ -189,7 +189,7 @@ fn a_front_end_that_reads_no_answer_holds_nothing_up() {
 }
 
 /// Bytes of memory that a process has.
-fn resident(server: &Server) -> u64 {
+pub(crate) fn resident(server: &Server) -> u64 {
     let path = format!("/proc/{}/statm", server.child.id());
     let text = fs::read_to_string(path).unwrap();
     let pages: u64 = text.split(' ').nth(1).unwrap().parse().unwrap();

@@ -12,6 +12,7 @@ mod linux;
 mod messages;
 #[path = "../program/mod.rs"]
 mod program;
+mod random;
 mod requests;
 mod sessions;
 
