@@ -7,6 +7,9 @@
 
 use std::time::{Duration, Instant};
 
+use super::worker::{Serving, Worker};
+use crate::devices::virtio::queue::Virtqueue;
+
 /// The longest window where the configuration does not say: somewhat more than another processor
 /// takes to be woken and to answer.
 pub(super) const LONGEST: Duration = Duration::from_micros(50);
@@ -29,11 +32,11 @@ pub(super) struct Polling {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sleep {
     /// When the wait began.
-    pub(super) since: Instant,
+    since: Instant,
     /// Whether there was a window before it.
-    pub(super) polled: bool,
+    polled: bool,
     /// Whether requests were in flight: then it was also for the image, not only for the driver.
-    pub(super) in_flight: bool,
+    in_flight: bool,
 }
 
 impl Polling {
@@ -87,6 +90,36 @@ impl Polling {
     /// be what it took to wake it.
     fn is_long(&self, wait: Duration) -> bool {
         wait > self.longest * 2
+    }
+}
+
+impl Worker {
+    /// Looks for more as long as that is likely to be worth it; whether there is. Meanwhile the
+    /// driver is not asked for notifications.
+    pub(super) fn linger(&self, serving: &Serving) -> bool {
+        let in_flight = self.in_flight.get() > 0;
+        let polling = &mut self.polling.borrow_mut()[usize::from(in_flight)];
+        let (since, window) = (Instant::now(), polling.window());
+        let look = || serving.queues.iter().any(Virtqueue::has_available);
+        let after = self.ring.linger(window, look);
+        match after {
+            Some(after) => polling.found(after),
+            None => self.asleep.set(Some(Sleep {
+                since,
+                polled: !window.is_zero(),
+                in_flight,
+            })),
+        }
+        after.is_some()
+    }
+
+    /// Something has come.
+    pub(super) fn woken(&self, now: Instant) {
+        if let Some(sleep) = self.asleep.take() {
+            let total = now.saturating_duration_since(sleep.since);
+            let polling = &mut self.polling.borrow_mut()[usize::from(sleep.in_flight)];
+            polling.slept(total, sleep.polled);
+        }
     }
 }
 

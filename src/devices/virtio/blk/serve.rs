@@ -14,11 +14,9 @@ use formats::Disk;
 
 use super::features::SECTOR_SIZE;
 use super::latency::{Finished, Measured};
-use super::polling::Sleep;
 use super::reply::Reply;
 use super::request::{Range, Request, Rules, Status};
 use super::worker::{Cache, Gate, Serving, Worker};
-use crate::devices::virtio::queue::Virtqueue;
 
 /// Bytes of data after which the driver is told at once, while other requests are served: then
 /// it uses that time to make more available, rather than both waiting for each other in turn.
@@ -75,34 +73,6 @@ impl Worker {
         let more = self.linger(serving);
         for index in 0..serving.queues.len() {
             self.take_from(serving, index, !more);
-        }
-    }
-
-    /// Looks for more as long as that is likely to be worth it; whether there is. Meanwhile the
-    /// driver is not asked for notifications.
-    fn linger(&self, serving: &Serving) -> bool {
-        let in_flight = self.in_flight.get() > 0;
-        let polling = &mut self.polling.borrow_mut()[usize::from(in_flight)];
-        let (since, window) = (Instant::now(), polling.window());
-        let look = || serving.queues.iter().any(Virtqueue::has_available);
-        let after = self.ring.linger(window, look);
-        match after {
-            Some(after) => polling.found(after),
-            None => self.asleep.set(Some(Sleep {
-                since,
-                polled: !window.is_zero(),
-                in_flight,
-            })),
-        }
-        after.is_some()
-    }
-
-    /// Something has come.
-    fn woken(&self, now: Instant) {
-        if let Some(sleep) = self.asleep.take() {
-            let total = now.saturating_duration_since(sleep.since);
-            let polling = &mut self.polling.borrow_mut()[usize::from(sleep.in_flight)];
-            polling.slept(total, sleep.polled);
         }
     }
 
