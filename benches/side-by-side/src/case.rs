@@ -43,6 +43,9 @@ pub struct Case {
     pub len: usize,
     /// Requests in flight.
     pub depth: usize,
+    /// The driver has a processor of its own, as a guest's may be: waking the other side takes an
+    /// interrupt of another processor. Otherwise the host may run both on one.
+    pub apart: bool,
 }
 
 /// What a row must reach, as a multiple of the better QEMU's requests a second.
@@ -61,7 +64,14 @@ impl Case {
                     allocating: false,
                     len: BLOCK,
                     depth: 1,
+                    apart: false,
                 };
+                if !direct {
+                    cases.push(Case {
+                        apart: true,
+                        ..read
+                    });
+                }
                 for depth in [1, 32] {
                     cases.push(Case { depth, ..read });
                 }
@@ -128,8 +138,9 @@ impl fmt::Display for Case {
         };
         let len = if self.is_sequential() { "1m" } else { "4k" };
         let cache = if self.direct { "direct" } else { "warm" };
+        let apart = if self.apart { "-apart" } else { "" };
         let (format, depth) = (self.format.name(), self.depth);
-        f.pad(&format!("{format}-{work}-{len}-d{depth}-{cache}"))
+        f.pad(&format!("{format}-{work}-{len}-d{depth}-{cache}{apart}"))
     }
 }
 

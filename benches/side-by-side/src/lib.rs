@@ -8,6 +8,7 @@ pub mod host;
 pub mod image;
 pub mod measure;
 pub mod plot;
+pub mod processors;
 pub mod server;
 pub mod statistics;
 pub mod table;

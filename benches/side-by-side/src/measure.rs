@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::case::{BLOCK, Bar, CLUSTER, Case, Offsets};
 use crate::client::{Client, Measured, Until};
 use crate::image::Images;
+use crate::processors::Processors;
 use crate::server::{Server, Side};
 use crate::statistics::Spread;
 use crate::watchdog::interrupted;
@@ -113,6 +114,10 @@ impl Options {
         }
         let image = images.prepare(case)?;
         let mut server = Server::start(side, self, case, &image, sockets)?;
+        let _kept = match case.apart {
+            true => Some(Processors::own()?.keep()?),
+            false => None,
+        };
         let mut client = server.connect(case.depth * case.len)?;
         let offsets = Offsets::new(*case, images.area(case), measurement);
         let until = match case.allocating {

@@ -14,6 +14,7 @@ use crate::Result;
 use crate::case::{Case, Format};
 use crate::client::Client;
 use crate::measure::Options;
+use crate::processors::Processors;
 
 /// How long a server may take to start, and to end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -149,9 +150,15 @@ impl Server {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&said)?);
-        // SAFETY: it makes one system call.
+        let processors = case.apart.then(Processors::others).transpose()?;
+        // SAFETY: it makes two system calls.
         unsafe {
-            command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+            command.pre_exec(move || {
+                if let Some(processors) = &processors {
+                    processors.take()?;
+                }
+                Ok(set_parent_process_death_signal(Some(Signal::KILL))?)
+            });
         }
         let line = format!("{command:?}");
         let child = command
