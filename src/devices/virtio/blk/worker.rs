@@ -84,9 +84,8 @@ pub(super) struct Worker {
     pub(super) untold: Cell<usize>,
     /// Requests given back of which the driver was not told yet.
     pub(super) finished: RefCell<Vec<Finished>>,
-    /// How long to look for more before the thread sleeps: while nothing is in flight, and while
-    /// something is.
-    pub(super) polling: RefCell<[Polling; 2]>,
+    /// How long to look for more before the thread sleeps.
+    pub(super) polling: RefCell<Polling>,
     /// The sleep that began last, until something has come.
     pub(super) asleep: Cell<Option<Sleep>>,
     /// Tasks that wait for notifications.
@@ -201,7 +200,7 @@ impl Worker {
             in_flight: Cell::default(),
             untold: Cell::default(),
             finished: RefCell::default(),
-            polling: RefCell::new([Polling::new(options.poll.unwrap_or(LONGEST)); 2]),
+            polling: RefCell::new(Polling::new(options.poll.unwrap_or(LONGEST))),
             asleep: Cell::default(),
             listeners: Cell::default(),
             sleepers: RefCell::default(),
