@@ -63,13 +63,13 @@ fn a_server_that_does_not_start_is_told_with_what_it_said() {
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     std::fs::set_permissions(&program, mode).unwrap();
     let options = Options {
-        only: vec!["raw-read-4k-d1-warm".into()],
+        only: vec!["raw-write-4k-d1-warm".into()],
         ..options(&program)
     };
     let error = options.run(folder.path(), &mut |_| {}).unwrap_err();
     let text = error.to_string();
     assert!(
-        text.starts_with("raw-read-4k-d1-warm with launcher: "),
+        text.starts_with("raw-write-4k-d1-warm with launcher: "),
         "{text}"
     );
     assert!(
