@@ -234,8 +234,10 @@ const EMULATED_LOSSES: u32 = 20;
 const EMULATED_LOSSES_OF_A_CASE: u32 = 5;
 
 /// What a lost guest looks like: a crash, or a console on which nothing comes any more.
-const LOST: [&str; 4] = [
+const LOST: [&str; 5] = [
     "crashed (triple fault)",
+    // The same of a VM in the background, as whoever is at its console sees it.
+    "launcher ended with 0 before",
     // What a client is told at that moment, before the crash is on standard error.
     r#""kind":"ending""#,
     "on the console within",
