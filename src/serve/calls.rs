@@ -3,12 +3,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 
 use rustix::net::SendFlags;
 
 use super::bell::Bell;
-use super::wrong;
+use super::{lock, wrong};
 use crate::devices::virtio::Interrupt;
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1, without content: a message's header.
@@ -24,10 +24,6 @@ pub(super) struct Calls {
 struct Queue {
     call: Mutex<Option<Bell>>,
     error: Mutex<Option<Bell>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An eventfd that a front end has sent. Anything else could be read for ever, or block.

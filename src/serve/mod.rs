@@ -20,13 +20,10 @@ mod session;
 mod unflushed;
 
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub(crate) use server::Server;
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+use crate::devices::pci::lock;
 
 /// The error of a front end that makes a mistake.
 fn wrong(what: impl Into<String>) -> io::Error {

@@ -26,7 +26,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender, SyncSender};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -35,6 +35,7 @@ use rustix::event::EventfdFlags;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
+use super::pci::lock;
 use super::virtio::blk::MAX_QUEUES;
 use super::virtio::{Activation, Device, Interrupt};
 use offer::{Config, WRITEBACK, has};
@@ -112,10 +113,6 @@ impl Line {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A disk that another process serves, and the virtio device that shows it to a guest.
