@@ -25,6 +25,8 @@ pub(super) struct Opened {
     fd: OwnedFd,
     /// O_NONBLOCK is set: io_uring reports EAGAIN rather than waiting.
     pub(super) nonblocking: bool,
+    /// A regular file whose bytes go through the page cache.
+    pub(super) cached: bool,
     /// Whether reads are first tried without the engine.
     pub(super) reads: Cell<Shortcut>,
     /// Whether writes are first tried without the engine.
@@ -87,6 +89,7 @@ impl From<OwnedFd> for File {
         File(Rc::new(Opened {
             fd,
             nonblocking: flags.contains(OFlags::NONBLOCK),
+            cached: shortcut != Shortcut::Never,
             reads: Cell::new(shortcut),
             writes: Cell::new(shortcut),
             counter: OnceCell::new(),

@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::task::{Poll, Waker};
 use std::{io, mem};
 
+use super::copies::Copies;
 use super::op::{Kind, Request};
 use super::pool::Pool;
 use super::table::{Outcome, Table, Token};
@@ -26,6 +27,7 @@ pub(super) enum Backend {
 pub(super) struct Inner {
     pub(super) backend: RefCell<Backend>,
     pub(super) pool: RefCell<Option<Pool>>,
+    copies: Copies,
     pub(super) table: RefCell<Table>,
     pub(super) tasks: Tasks,
     pub(super) ready: Arc<Ready>,
@@ -60,6 +62,7 @@ impl Inner {
         Ok(Inner {
             backend: RefCell::new(backend),
             pool: RefCell::new(None),
+            copies: Copies::new(),
             table: RefCell::default(),
             tasks: Tasks::new(Arc::clone(&ready)),
             ready,
@@ -162,7 +165,10 @@ impl Inner {
                 .borrow_mut()
                 .get_or_insert_with(|| Pool::new(Arc::clone(&self.ready)))
                 .push(token, request),
-            (Backend::Uring(uring), _) => uring.push(token, request),
+            (Backend::Uring(uring), _) => {
+                self.copies.begin(request);
+                uring.push(token, request);
+            }
         }
     }
 

@@ -5,6 +5,7 @@ mod faults;
 mod file;
 mod inner;
 mod linger;
+mod merge;
 mod op;
 mod operation;
 mod pool;

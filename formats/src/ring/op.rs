@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use super::File;
+use super::copies::LongCopy;
 use crate::Segments;
 
 /// A call that may block, for a thread of the pool.
@@ -44,8 +45,11 @@ pub(super) struct Request {
     pub(super) end: End,
     done: usize,
     attempts: u32,
-    /// The kernel answered EAGAIN: asks for a context that may block.
+    /// Asks for a context that may block: the kernel answered EAGAIN, or another thread is to do
+    /// the copy.
     pub(super) may_block: bool,
+    /// It counts as a long copy while it is there.
+    pub(super) copy: Option<LongCopy>,
 }
 
 impl Request {
@@ -59,6 +63,7 @@ impl Request {
             done: 0,
             attempts: 0,
             may_block: false,
+            copy: None,
         }
     }
 

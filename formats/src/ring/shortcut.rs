@@ -28,7 +28,7 @@ pub(super) enum Shortcut {
 
 /// Longer transfers are left to the engine: their copy would hold up other requests, and is
 /// work enough for another thread.
-const MAX_LEN: usize = 64 << 10;
+pub(super) const MAX_LEN: usize = 64 << 10;
 
 /// A plain call that takes longer than this and a nanosecond a byte was held up: it waited for
 /// the file system, or its thread for a processor.

@@ -49,10 +49,24 @@ impl Token {
         Token(u64::from(generation) << 32 | u64::from(index))
     }
 
+    /// Names several operations that the kernel has as one.
+    pub(super) fn merged(index: usize) -> Self {
+        Token::new(index as u32, MERGED)
+    }
+
+    /// What it was made of by [`Token::merged`].
+    pub(super) fn as_merged(self) -> Option<usize> {
+        ((self.0 >> 32) as u32 == MERGED).then(|| self.index())
+    }
+
     fn index(self) -> usize {
         self.0 as u32 as usize
     }
 }
+
+/// A generation that no entry has: that of operations made into one. The highest is kept free
+/// for the engine's own.
+const MERGED: u32 = u32::MAX - 1;
 
 /// What became of an operation that the engine reported on.
 pub(super) enum Outcome {
@@ -84,8 +98,7 @@ impl Table {
 
     fn free(&mut self, index: usize) -> Option<Request> {
         let entry = &mut self.entries[index];
-        // The two highest generations are kept free for the engine's own tokens.
-        entry.generation = (entry.generation + 1) % (u32::MAX - 1);
+        entry.generation = (entry.generation + 1) % MERGED;
         entry.state = State::Free { next: self.free };
         self.free = Some(index as u32);
         entry.request.take()

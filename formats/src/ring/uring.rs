@@ -8,6 +8,7 @@ use std::time::Duration;
 use io_uring::types::{Fd, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode, squeue};
 
+use super::merge::{Merges, Part};
 use super::op::{Kind, Request};
 use super::table::Token;
 use super::tasks::Ready;
@@ -25,6 +26,8 @@ const NOTIFY: u64 = u64::MAX - 1;
 /// An io_uring, and what did not fit into its submission queue.
 pub(super) struct Uring {
     ring: IoUring,
+    /// What came last, and may be continued by what comes next.
+    merges: Merges,
     backlog: VecDeque<squeue::Entry>,
     /// A poll for [`Ready`] is under way.
     armed: bool,
@@ -52,6 +55,7 @@ impl Uring {
         }
         Ok(Uring {
             ring,
+            merges: Merges::default(),
             backlog: VecDeque::new(),
             armed: false,
         })
@@ -121,11 +125,29 @@ impl Uring {
         } else {
             entry
         };
-        self.queue(entry.user_data(token.0));
+        let entry = entry.user_data(token.0);
+        let before = match Part::of(token, request) {
+            Some(part) => self.merges.push(part, entry),
+            None => {
+                self.queue_last();
+                Some(entry)
+            }
+        };
+        if let Some(before) = before {
+            self.queue(before);
+        }
+    }
+
+    /// Nothing continues what came last.
+    fn queue_last(&mut self) {
+        if let Some(last) = self.merges.take() {
+            self.queue(last);
+        }
     }
 
     /// Queues the cancellation of an operation.
     pub(super) fn cancel(&mut self, token: Token) {
+        self.queue_last();
         self.queue(opcode::AsyncCancel::new(token.0).build().user_data(CANCEL));
     }
 
@@ -177,6 +199,7 @@ impl Uring {
     /// Submits everything queued and, with `wait`, waits for a completion or a notification of
     /// `ready`, in one system call.
     pub(super) fn enter(&mut self, ready: &Ready, wait: bool) {
+        self.queue_last();
         if wait && !self.armed {
             let fd = Fd(ready.as_fd().as_raw_fd());
             let poll = opcode::PollAdd::new(fd, libc::POLLIN as u32).build();
@@ -192,6 +215,7 @@ impl Uring {
 
     /// Submits everything queued.
     pub(super) fn submit_queued(&mut self) {
+        self.queue_last();
         if !self.is_idle() {
             self.submit(0);
         }
@@ -222,7 +246,12 @@ impl Uring {
                     self.armed = false;
                     ready.clear();
                 }
-                token => done.push((Token(token), entry.result())),
+                token => {
+                    let (token, result) = (Token(token), entry.result());
+                    if !self.merges.report(token, result, done) {
+                        done.push((token, result));
+                    }
+                }
             }
         }
     }
