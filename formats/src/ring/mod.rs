@@ -1,5 +1,6 @@
 //! I/O of one thread: an engine and an executor.
 
+mod copies;
 #[cfg(any(test, feature = "faults"))]
 mod faults;
 mod file;

@@ -119,6 +119,30 @@ fn neighbours_that_fail_each_have_their_error() {
 }
 
 #[test]
+fn long_reads_at_once_have_their_bytes_each() {
+    const LEN: usize = 256 << 10;
+    let content: Vec<u8> = (0..8 * LEN).map(|at| (at / 512) as u8).collect();
+    each(|ring| {
+        let file = file();
+        rustix::io::pwrite(&file, &content, 0).unwrap();
+        run(ring, async {
+            let to: Vec<_> = (0..8).map(|_| segments(&[0; LEN])).collect();
+            let reads = to
+                .iter()
+                .enumerate()
+                .map(|(index, to)| ring.read_exact_at(&file, (index * LEN) as u64, to.clone()));
+            for (index, result) in together(reads.collect()).await.into_iter().enumerate() {
+                result.unwrap();
+                assert!(
+                    bytes(&to[index]) == content[index * LEN..][..LEN],
+                    "read {index}"
+                );
+            }
+        });
+    });
+}
+
+#[test]
 fn what_is_written_is_read() {
     each(|ring| {
         run(ring, async {
