@@ -39,8 +39,10 @@ pub struct Case {
     /// Each request allocates a cluster of a new image, for which there are as many requests as
     /// the image has clusters; otherwise the image is full of data, and time is the limit.
     pub allocating: bool,
-    /// Bytes of a request: a block, at random places, or more, one after the other.
+    /// Bytes of a request: a block or more.
     pub len: usize,
+    /// Requests follow one another in the image; otherwise they are at random places.
+    pub in_order: bool,
     /// Requests in flight.
     pub depth: usize,
     /// The driver has a processor of its own, as a guest's may be: waking the other side takes an
@@ -63,6 +65,7 @@ impl Case {
                     write: false,
                     allocating: false,
                     len: BLOCK,
+                    in_order: false,
                     depth: 1,
                     apart: false,
                 };
@@ -92,29 +95,35 @@ impl Case {
                         });
                     }
                 }
-                for write in [false, true] {
-                    cases.push(Case {
-                        write,
-                        len: MIB,
-                        depth: 8,
-                        ..read
-                    });
+                for (len, depth) in [(BLOCK, 32), (MIB, 8)] {
+                    for write in [false, true] {
+                        cases.push(Case {
+                            write,
+                            len,
+                            depth,
+                            in_order: true,
+                            ..read
+                        });
+                    }
                 }
             }
         }
         cases
     }
 
-    /// Whether requests follow one another, by whose length speed is told.
-    pub fn is_sequential(&self) -> bool {
+    /// Whether speed is told by bytes rather than by requests.
+    pub fn is_long(&self) -> bool {
         self.len > BLOCK
     }
 
     /// What it must reach. Those of small requests are for the page cache: past it the disk is
     /// what there is to wait for.
     pub fn bar(&self) -> Bar {
-        if self.is_sequential() {
+        if self.is_long() {
             return Some(1.0);
+        }
+        if self.in_order {
+            return None;
         }
         let small = match (self.format, self.write, self.depth) {
             (Format::Raw, false, 1) => 2.0,
@@ -131,12 +140,18 @@ impl Case {
 /// Its name, by which it can be chosen, such as `raw-read-4k-d32-warm`.
 impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let work = match (self.write, self.allocating) {
-            (false, _) => "read",
-            (true, false) => "write",
-            (true, true) => "alloc",
+        let work = match (
+            self.write,
+            self.allocating,
+            self.in_order && !self.is_long(),
+        ) {
+            (false, _, false) => "read",
+            (false, _, true) => "seqread",
+            (true, false, false) => "write",
+            (true, false, true) => "seqwrite",
+            (true, true, _) => "alloc",
         };
-        let len = if self.is_sequential() { "1m" } else { "4k" };
+        let len = if self.is_long() { "1m" } else { "4k" };
         let cache = if self.direct { "direct" } else { "warm" };
         let apart = if self.apart { "-apart" } else { "" };
         let (format, depth) = (self.format.name(), self.depth);
@@ -183,7 +198,7 @@ impl Iterator for Offsets {
         }
         let len = self.case.len as u64;
         let places = self.area / len;
-        if self.case.is_sequential() {
+        if self.case.in_order {
             return Some(made % places * len);
         }
         // Marsaglia's xorshift.

@@ -35,7 +35,7 @@ enum Cache {
 
 impl Cache {
     fn of(case: &Case) -> Cache {
-        match (case.direct, case.is_sequential()) {
+        match (case.direct, case.is_long()) {
             (true, _) => Cache::Empty,
             (false, false) => Cache::Small,
             (false, true) => Cache::Large,

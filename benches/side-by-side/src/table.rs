@@ -75,12 +75,7 @@ fn cells(row: &Row) -> [String; 9] {
         speed(row.columns.first()),
         speed(row.columns.get(1)),
         format!("{} {name}", speed(other)),
-        if row.case.is_sequential() {
-            "MiB/s"
-        } else {
-            "IOPS"
-        }
-        .into(),
+        if row.case.is_long() { "MiB/s" } else { "IOPS" }.into(),
         spread(row.ratio(), 2),
         bar,
         format!("{:.2} / {:.2}", ours.median, theirs.median),
@@ -90,7 +85,7 @@ fn cells(row: &Row) -> [String; 9] {
 
 /// From requests a second to what is shown.
 fn scale(row: &Row) -> f64 {
-    match row.case.is_sequential() {
+    match row.case.is_long() {
         true => row.case.len as f64 / f64::from(1 << 20),
         false => 1.0,
     }
