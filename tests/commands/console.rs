@@ -112,9 +112,13 @@ impl Terminal {
     fn run(&self, command: &mut Command) -> Child {
         let stdio = || Stdio::from(self.line.try_clone().unwrap());
         command.stdin(stdio()).stdout(stdio()).stderr(stdio());
-        // SAFETY: setsid and ioctl are async-signal-safe, and nothing else is called.
+        // SAFETY: signal, setsid and ioctl are async-signal-safe, and nothing else is called.
         unsafe {
             command.pre_exec(|| {
+                // The tests may run under nohup, or in a script's background.
+                for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+                    libc::signal(signal, libc::SIG_DFL);
+                }
                 rustix::process::setsid()?;
                 rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
                 Ok(())
