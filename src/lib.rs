@@ -28,6 +28,10 @@ pub mod vm;
 
 pub use error::{Error, Result};
 
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub use serve::fuzzing as serve_fuzzing;
+
 // A format registers itself where a program names its crate.
 #[cfg(feature = "qcow2-rs")]
 use formats_qcow2_rs as _;

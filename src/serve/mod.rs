@@ -12,6 +12,8 @@ mod backend;
 mod bell;
 mod calls;
 mod faults;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 mod inflight;
 mod memory;
 mod ring;

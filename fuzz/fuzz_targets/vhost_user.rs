@@ -1,0 +1,56 @@
+//! Front ends and guests that send what they like to a server: see `launcher::serve_fuzzing`.
+
+#![no_main]
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use launcher::serve_fuzzing::run;
+use libfuzzer_sys::fuzz_target;
+
+static SESSIONS: AtomicU64 = AtomicU64::new(0);
+static SERVED: AtomicU64 = AtomicU64::new(0);
+static REFUSED: AtomicU64 = AtomicU64::new(0);
+
+/// Open files after the first sessions.
+static FILES: AtomicUsize = AtomicUsize::new(0);
+
+/// How many sessions pass between two looks at the open files.
+const LOOKS: u64 = 64;
+
+extern "C" fn report() {
+    let sessions = SESSIONS.load(Ordering::Relaxed);
+    let served = SERVED.load(Ordering::Relaxed);
+    let refused = REFUSED.load(Ordering::Relaxed);
+    let share = 100.0 * served as f64 / sessions.max(1) as f64;
+    eprintln!(
+        "{served} of {sessions} sessions were served requests: {share:.1} %; \
+         {refused} were refused some"
+    );
+}
+
+/// No session leaves a file open. Both servers are there by the first look that is compared with,
+/// and each opens as much as it ever does.
+fn expect_no_files(sessions: u64) {
+    let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    if sessions <= 4 * LOOKS {
+        FILES.fetch_max(open, Ordering::Relaxed);
+    }
+    let before = FILES.load(Ordering::Relaxed);
+    assert!(open <= before + 24, "{open} files are open, there were {before}");
+}
+
+fuzz_target!(
+    init: {
+        // SAFETY: `report` only reads atomic variables and writes to standard error.
+        unsafe { libc::atexit(report) };
+    },
+    |data: &[u8]| {
+        let tally = run(data);
+        let sessions = SESSIONS.fetch_add(tally.sessions, Ordering::Relaxed) + tally.sessions;
+        SERVED.fetch_add(tally.served, Ordering::Relaxed);
+        REFUSED.fetch_add(tally.refused, Ordering::Relaxed);
+        if sessions % LOOKS == 0 {
+            expect_no_files(sessions);
+        }
+    }
+);
