@@ -8,6 +8,7 @@ use launcher::serve_fuzzing::run;
 use libfuzzer_sys::fuzz_target;
 
 static SESSIONS: AtomicU64 = AtomicU64::new(0);
+static REACHED: AtomicU64 = AtomicU64::new(0);
 static SERVED: AtomicU64 = AtomicU64::new(0);
 static REFUSED: AtomicU64 = AtomicU64::new(0);
 
@@ -19,12 +20,13 @@ const LOOKS: u64 = 64;
 
 extern "C" fn report() {
     let sessions = SESSIONS.load(Ordering::Relaxed);
+    let reached = REACHED.load(Ordering::Relaxed);
     let served = SERVED.load(Ordering::Relaxed);
     let refused = REFUSED.load(Ordering::Relaxed);
-    let share = 100.0 * served as f64 / sessions.max(1) as f64;
+    let share = 100.0 * reached as f64 / sessions.max(1) as f64;
     eprintln!(
-        "{served} of {sessions} sessions were served requests: {share:.1} %; \
-         {refused} were refused some"
+        "{reached} of {sessions} sessions had requests carried out: {share:.1} %; \
+         {served} requests, and {refused} that were refused"
     );
 }
 
@@ -36,7 +38,10 @@ fn expect_no_files(sessions: u64) {
         FILES.fetch_max(open, Ordering::Relaxed);
     }
     let before = FILES.load(Ordering::Relaxed);
-    assert!(open <= before + 24, "{open} files are open, there were {before}");
+    assert!(
+        open <= before + 24,
+        "{open} files are open, there were {before}"
+    );
 }
 
 fuzz_target!(
@@ -47,6 +52,7 @@ fuzz_target!(
     |data: &[u8]| {
         let tally = run(data);
         let sessions = SESSIONS.fetch_add(tally.sessions, Ordering::Relaxed) + tally.sessions;
+        REACHED.fetch_add(u64::from(tally.served > 0), Ordering::Relaxed);
         SERVED.fetch_add(tally.served, Ordering::Relaxed);
         REFUSED.fetch_add(tally.refused, Ordering::Relaxed);
         if sessions % LOOKS == 0 {

@@ -210,7 +210,10 @@ impl<'a> Front<'a> {
                 let count = 1 + u64::from(script.byte() & 1);
                 for at in 0..count {
                     let sectors = u64::from(script.byte() % 16);
-                    let range = [sector + at * 16, pair(sectors, u64::from(how >> 7))];
+                    let range = [
+                        sector.wrapping_add(at * 16),
+                        pair(sectors, u64::from(how >> 7)),
+                    ];
                     let place = data(queue, slot) + at * 16;
                     self.guest.write(place, &words(&range));
                 }
@@ -253,10 +256,12 @@ impl<'a> Front<'a> {
     /// Notifies the server; waits for an answer, or not.
     fn kick(&mut self, how: u8, queue: u8) {
         let kick = &self.files.kicks[usize::from(queue) % self.files.kicks.len()];
+        // What was signalled before is no answer.
+        let _ = rustix::io::read(&self.files.call, &mut [0; 8]);
         // Nothing fills it: it does not wait.
         let _ = rustix::io::write(kick, &1u64.to_ne_bytes());
-        if how & 1 != 0 && ready(&self.files.call, PollFlags::IN, BRIEFLY) {
-            let _ = rustix::io::read(&self.files.call, &mut [0; 8]);
+        if how & 1 != 0 {
+            ready(&self.files.call, PollFlags::IN, BRIEFLY);
         }
     }
 }

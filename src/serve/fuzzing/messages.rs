@@ -26,7 +26,7 @@ pub(super) const SET_MEM_TABLE: u32 = 5;
 pub(super) const SET_VRING_NUM: u32 = 8;
 pub(super) const SET_VRING_ADDR: u32 = 9;
 const SET_VRING_BASE: u32 = 10;
-const GET_VRING_BASE: u32 = 11;
+pub(super) const GET_VRING_BASE: u32 = 11;
 pub(super) const SET_VRING_KICK: u32 = 12;
 pub(super) const SET_VRING_CALL: u32 = 13;
 const SET_VRING_ERR: u32 = 14;
@@ -34,19 +34,19 @@ const GET_PROTOCOL_FEATURES: u32 = 15;
 pub(super) const SET_PROTOCOL_FEATURES: u32 = 16;
 const GET_QUEUE_NUM: u32 = 17;
 pub(super) const SET_VRING_ENABLE: u32 = 18;
-const SET_BACKEND_REQ_FD: u32 = 21;
-const GET_CONFIG: u32 = 24;
-const SET_CONFIG: u32 = 25;
-const GET_INFLIGHT_FD: u32 = 31;
+pub(super) const SET_BACKEND_REQ_FD: u32 = 21;
+pub(super) const GET_CONFIG: u32 = 24;
+pub(super) const SET_CONFIG: u32 = 25;
+pub(super) const GET_INFLIGHT_FD: u32 = 31;
 pub(super) const SET_INFLIGHT_FD: u32 = 32;
-const RESET_DEVICE: u32 = 34;
+pub(super) const RESET_DEVICE: u32 = 34;
 const GET_MAX_MEM_SLOTS: u32 = 36;
 pub(super) const ADD_MEM_REG: u32 = 37;
-const REM_MEM_REG: u32 = 38;
+pub(super) const REM_MEM_REG: u32 = 38;
 
 /// Messages, the more often the more they lead to; the last stands for any.
 #[rustfmt::skip]
-const REQUESTS: [u32; 40] = [
+pub(super) const REQUESTS: [u32; 40] = [
     GET_FEATURES, SET_FEATURES, SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE, SET_MEM_TABLE,
     SET_VRING_NUM, SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE,
     GET_VRING_BASE, SET_VRING_KICK, SET_VRING_KICK, SET_VRING_KICK, SET_VRING_CALL, SET_VRING_CALL,
