@@ -7,7 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SocketType, sockopt,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SocketType,
+    sockopt,
 };
 use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use vhost::vhost_user::{BackendReqHandler, Error};
@@ -19,6 +20,8 @@ use crate::devices::virtio::blk::Blk;
 
 /// Length of a message's header: request, flags and size, each a u32 of this machine.
 const HEADER: usize = 12;
+/// Most files that the library takes with a message.
+const MAX_FILES: usize = 32;
 /// Bits of the flags: the version, an answer, an answer wanted.
 const VERSION: u32 = 1;
 const REPLY: u32 = 4;
@@ -61,13 +64,32 @@ fn is_gone(error: &io::Error) -> bool {
 
 /// Whether the next message brings the channel for messages to the front end. The library has a
 /// type for it that cannot say that the configuration has changed.
+///
+/// Fails if not all of the message's files can be taken, which the library does not tell: it would
+/// go on behind the header.
 fn is_channel(stream: &UnixStream) -> io::Result<bool> {
     let mut header = [0; HEADER];
-    let flags = RecvFlags::PEEK;
-    let (len, _) = rustix::io::retry_on_intr(|| rustix::net::recv(stream, &mut header, flags))?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FILES + 1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC;
+    let received = rustix::io::retry_on_intr(|| {
+        let mut parts = [IoSliceMut::new(&mut header)];
+        rustix::net::recvmsg(stream, &mut parts, &mut control, flags)
+    })?;
+    // The files that a look brings are copies: counted, they go.
+    let files = control.drain().map(|message| match message {
+        RecvAncillaryMessage::ScmRights(rights) => rights.count(),
+        _ => 0,
+    });
+    let too_many = files.sum::<usize>() > MAX_FILES;
+    if too_many || received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(wrong(format!(
+            "the files of a message are more than {MAX_FILES}, or more than this process may open"
+        )));
+    }
     let [r0, r1, r2, r3, ..] = header;
     let request = u32::from_ne_bytes([r0, r1, r2, r3]);
-    Ok(len == HEADER && request == FrontendReq::SET_BACKEND_REQ_FD as u32)
+    Ok(received.bytes == HEADER && request == FrontendReq::SET_BACKEND_REQ_FD as u32)
 }
 
 /// Takes the message that brings the channel.

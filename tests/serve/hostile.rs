@@ -151,6 +151,22 @@ fn a_message_that_makes_no_sense_ends_its_connection() {
 }
 
 #[test]
+fn a_message_with_more_files_than_any_has_ends_its_connection() {
+    let folder = Folder::new();
+    folder.raw("disk.img", MIB);
+    let server = folder.serve(&["disk.img"]);
+    let event = EventFd::new(EFD_NONBLOCK).unwrap();
+    for (request, body) in [(SET_OWNER, vec![]), (SET_VRING_CALL, words(&[0]))] {
+        let raw = Raw::negotiated(&server.socket);
+        raw.send(request, &body, &[event.as_raw_fd(); 33]);
+        raw.expect_hang_up(&format!("request {request}"));
+    }
+    expect_sound(&server);
+    let said = server.end();
+    assert!(said.contains("the files of a message"), "{said}");
+}
+
+#[test]
 fn a_front_end_that_stops_in_the_middle_holds_nothing_up() {
     let folder = Folder::new();
     folder.raw("disk.img", MIB);
