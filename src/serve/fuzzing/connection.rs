@@ -24,10 +24,8 @@ pub(super) const NEED_REPLY: u32 = 8;
 
 pub(super) const GET_FEATURES: u32 = 1;
 
-/// Most files with one message that the library takes.
-const TAKEN: usize = 32;
-/// Most files with one message here.
-pub(super) const MAX_FILES: usize = TAKEN + 1;
+/// Most files with one message: one more than a server takes.
+pub(super) const MAX_FILES: usize = 33;
 
 /// Waits until `fd` is ready; whether it is within some milliseconds.
 pub(super) fn ready(fd: impl AsFd, flags: PollFlags, milliseconds: i64) -> bool {
@@ -117,8 +115,6 @@ impl Connection {
         if request == GET_FEATURES {
             self.unanswered += 1;
         }
-        // The library closes them and goes on behind the header, without an answer or an error.
-        self.torn |= files.len() > TAKEN;
         self.send(&message(request, flags, body), files);
     }
 
