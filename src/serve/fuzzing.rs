@@ -34,7 +34,7 @@ use std::time::Duration;
 
 use formats::{Engine, Image};
 use libc::SIGURG;
-use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create};
+use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create};
 use rustix::net::SocketAddrUnix;
 
 use self::front::Front;
@@ -60,6 +60,16 @@ pub struct Tally {
     pub refused: u64,
 }
 
+/// What a server serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Raw,
+    /// Whose completed writes may be in the server's memory only.
+    Qcow2,
+    /// A raw image, read-only.
+    ReadOnly,
+}
+
 /// A server, and what it serves.
 struct Bench {
     address: SocketAddrUnix,
@@ -67,18 +77,18 @@ struct Bench {
     _socket: OwnedFd,
     image: OwnedFd,
     disk: BlkHandle,
-    ro: bool,
+    kind: Kind,
 }
 
 /// Plays one session. Panics if the server is not as it was afterwards.
 pub fn run(data: &[u8]) -> Tally {
-    static BENCHES: [OnceLock<Mutex<Bench>>; 2] = [const { OnceLock::new() }; 2];
+    static BENCHES: [OnceLock<Mutex<Bench>>; 3] = [const { OnceLock::new() }; 3];
     let mut script = Script(data);
-    let ro = script.byte() & 3 == 3;
-    let bench = BENCHES[usize::from(ro)].get_or_init(|| Bench::new(ro).into());
+    let kind = [Kind::Raw, Kind::Qcow2, Kind::Raw, Kind::ReadOnly][usize::from(script.byte() & 3)];
+    let bench = BENCHES[kind as usize].get_or_init(|| Bench::new(kind).into());
     let bench = bench.lock().unwrap();
     let [served, refused] = bench.counted();
-    Front::new(&bench.address, &bench.disk).play(&mut script);
+    Front::new(&bench).play(&mut script);
     let [served_now, refused_now] = bench.counted();
     bench.expect_sound();
     Tally {
@@ -93,28 +103,42 @@ fn pattern(sector: u64) -> u8 {
     sector as u8 ^ 0xa5
 }
 
-/// Makes a disk larger, as an administrator does while it is served.
-fn grow(disk: &BlkHandle, more: u64) {
-    let wanted = disk.size() + more;
-    if wanted <= GROWN {
-        // One that is read-only cannot.
-        let _ = disk.resize(wanted);
-    }
+/// A new image in memory.
+fn image(kind: Kind) -> OwnedFd {
+    let image = memfd_create("disk", MemfdFlags::CLOEXEC).unwrap();
+    let bytes = match kind {
+        Kind::Raw | Kind::ReadOnly => (0..DISK).map(|at| pattern(at / 512)).collect(),
+        Kind::Qcow2 => {
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("disk.qcow2");
+            let format = formats::find("qcow2").unwrap();
+            let sized = Image {
+                size: Some(DISK),
+                ..Image::new(&path)
+            };
+            (format.create)(&sized).unwrap();
+            std::fs::read(path).unwrap()
+        }
+    };
+    assert_eq!(rustix::io::pwrite(&image, &bytes, 0), Ok(bytes.len()));
+    image
 }
 
 impl Bench {
-    fn new(ro: bool) -> Bench {
-        let image = memfd_create("disk", MemfdFlags::CLOEXEC).unwrap();
-        let bytes: Vec<u8> = (0..DISK).map(|at| pattern(at / 512)).collect();
-        ftruncate(&image, DISK).unwrap();
-        assert_eq!(rustix::io::pwrite(&image, &bytes, 0), Ok(bytes.len()));
+    fn new(kind: Kind) -> Bench {
+        let image = image(kind);
+        let format = match kind {
+            Kind::Raw | Kind::ReadOnly => formats::raw_for(true),
+            Kind::Qcow2 => "qcow2",
+        };
+        let ro = kind == Kind::ReadOnly;
         let disk = Blk::open(BlkOptions {
             image: Image {
                 ro,
                 lock: false,
                 ..Image::new(format!("/proc/self/fd/{}", image.as_raw_fd()))
             },
-            format: formats::find(formats::raw_for(true)).unwrap(),
+            format: formats::find(format).unwrap(),
             ephemeral: false,
             id: Some("fuzzed".into()),
             queues: QUEUES,
@@ -139,7 +163,17 @@ impl Bench {
             _socket: socket,
             image,
             disk: handle,
-            ro,
+            kind,
+        }
+    }
+
+    /// Makes the disk larger, as an administrator does while it is served.
+    fn grow(&self, more: u64) {
+        let wanted = self.disk.size() + more;
+        // What has become larger is to become as small again as it was.
+        if self.kind != Kind::Qcow2 && wanted <= GROWN {
+            // One that is read-only cannot.
+            let _ = self.disk.resize(wanted);
         }
     }
 

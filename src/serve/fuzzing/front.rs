@@ -1,13 +1,12 @@
 //! A front end, with a guest in it, that does what a script says.
 
 use rustix::event::PollFlags;
-use rustix::net::SocketAddrUnix;
 
+use super::Bench;
 use super::connection::{Connection, GET_FEATURES, MAX_FILES, ready};
 use super::guest::*;
 use super::messages::*;
 use super::script::Script;
-use crate::devices::virtio::blk::BlkHandle;
 
 /// Milliseconds that a guest waits for an answer that need not come.
 const BRIEFLY: i64 = 2;
@@ -16,17 +15,17 @@ pub(super) struct Front<'a> {
     connection: Connection,
     guest: Guest,
     files: Files,
-    disk: &'a BlkHandle,
+    bench: &'a Bench,
 }
 
 impl<'a> Front<'a> {
-    pub(super) fn new(address: &SocketAddrUnix, disk: &'a BlkHandle) -> Front<'a> {
+    pub(super) fn new(bench: &'a Bench) -> Front<'a> {
         let guest = Guest::new();
         Front {
-            connection: Connection::new(address),
+            connection: Connection::new(&bench.address),
             files: Files::new(&guest),
             guest,
-            disk,
+            bench,
         }
     }
 
@@ -66,7 +65,7 @@ impl<'a> Front<'a> {
                     }
                 }
                 0xd8..0xe0 => {
-                    let (at, value) = (script.u16() % 2048, script.number());
+                    let (at, value) = (script.u16() % 2240, script.number());
                     let len = usize::from(script.byte() % 8) + 1;
                     let bytes = &value.to_le_bytes()[..len];
                     // Inside of what the server has made, and of ours.
@@ -84,7 +83,7 @@ impl<'a> Front<'a> {
                 0xe4..0xe8 => self.guest.truncate(u64::from(script.byte()) << 12),
                 0xe8..0xec => {
                     let more = u64::from(script.byte() % 8) * 512;
-                    super::grow(self.disk, more);
+                    self.bench.grow(more);
                 }
                 0xec..0xf0 => {
                     let mut bytes = [0; 64];

@@ -14,9 +14,14 @@ const AWAITED: u8 = 0x50;
 /// Of a message's second byte: an acknowledgement is asked for.
 const ACKNOWLEDGED: u8 = 8;
 
-/// The bytes of [`super::front::Front::open`]: a server, and how the session begins.
-fn open(ro: bool, options: u8) -> Vec<u8> {
-    vec![if ro { 3 } else { 0 }, 0, options, 0, 0]
+/// First bytes of a script: which server.
+const RAW: u8 = 0;
+const QCOW2: u8 = 1;
+const READ_ONLY: u8 = 3;
+
+/// A server, and the bytes of [`super::front::Front::open`]: how the session begins.
+fn open(server: u8, options: u8) -> Vec<u8> {
+    vec![server, 0, options, 0, 0]
 }
 
 /// Those of a request to a virtqueue.
@@ -46,12 +51,12 @@ fn seeds() -> [(&'static str, Vec<Vec<u8>>); 8] {
     [
         (
             "read-only",
-            vec![open(true, 0), read(0), request(0, INDIRECT, IN, 9, 1)],
+            vec![open(READ_ONLY, 0), read(0), request(0, INDIRECT, IN, 9, 1)],
         ),
         (
             "requests",
             vec![
-                open(false, 1),
+                open(RAW, 1),
                 read(0),
                 write(),
                 flush(),
@@ -62,12 +67,12 @@ fn seeds() -> [(&'static str, Vec<Vec<u8>>); 8] {
         ),
         (
             "two-virtqueues",
-            vec![open(false, 4 | 8), read(0), read(1), write()],
+            vec![open(RAW, 4 | 8), read(0), read(1), write()],
         ),
         (
             "stopped-and-started",
             vec![
-                open(false, 2),
+                open(RAW, 2),
                 write(),
                 message(GET_VRING_BASE, 0, &[]),
                 message(SET_VRING_KICK, ACKNOWLEDGED, &[]),
@@ -78,7 +83,7 @@ fn seeds() -> [(&'static str, Vec<Vec<u8>>); 8] {
         (
             "requests-in-flight",
             vec![
-                open(false, 0),
+                open(QCOW2, 0),
                 message(GET_INFLIGHT_FD, 0, &[]),
                 message(SET_INFLIGHT_FD, 0, &[]),
                 write(),
@@ -89,7 +94,7 @@ fn seeds() -> [(&'static str, Vec<Vec<u8>>); 8] {
         (
             "memory",
             vec![
-                open(false, 4),
+                open(RAW, 4),
                 read(0),
                 message(REM_MEM_REG, 2, &[]),
                 message(ADD_MEM_REG, 2, &[]),
@@ -104,7 +109,7 @@ fn seeds() -> [(&'static str, Vec<Vec<u8>>); 8] {
         (
             "configuration",
             vec![
-                open(false, 0),
+                open(RAW, 0),
                 message(SET_BACKEND_REQ_FD, 0, &[]),
                 message(GET_CONFIG, 0, &[0]),
                 message(SET_CONFIG, 1, &[0]),
@@ -117,7 +122,7 @@ fn seeds() -> [(&'static str, Vec<Vec<u8>>); 8] {
         (
             "reset",
             vec![
-                open(false, 1),
+                open(RAW, 1),
                 read(0),
                 message(RESET_DEVICE, ACKNOWLEDGED, &[]),
                 message(SET_VRING_NUM, 0, &[]),
