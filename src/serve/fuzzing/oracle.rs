@@ -1,6 +1,6 @@
 //! Whether a server is sound: what a front end that makes no mistake gets from it.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, PollFlags, eventfd};
 
@@ -61,8 +61,8 @@ impl Bench {
 struct Driver {
     connection: Connection,
     guest: Guest,
-    kick: rustix::fd::OwnedFd,
-    call: rustix::fd::OwnedFd,
+    kick: OwnedFd,
+    call: OwnedFd,
 }
 
 impl Driver {
