@@ -277,15 +277,20 @@ impl Guest {
             if self.load(index, USED + 2) != seen {
                 continue;
             }
-            let call = &self.queues[index].call;
-            let patience = Timespec::try_from(patience).unwrap();
-            // SAFETY: the eventfd lives as long as the queue does.
-            let fd = unsafe { rustix::fd::BorrowedFd::borrow_raw(call.as_raw_fd()) };
-            if poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&patience)).unwrap() == 0 {
+            if !self.is_called(index, patience) {
                 return None;
             }
-            let _ = call.read();
+            let _ = self.queues[index].call.read();
         }
+    }
+
+    /// Sleeps until the driver is interrupted, for so long; whether it was.
+    pub(crate) fn is_called(&self, index: usize, patience: Duration) -> bool {
+        let call = &self.queues[index].call;
+        let patience = Timespec::try_from(patience).unwrap();
+        // SAFETY: the eventfd lives as long as the queue does.
+        let fd = unsafe { rustix::fd::BorrowedFd::borrow_raw(call.as_raw_fd()) };
+        poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&patience)).unwrap() != 0
     }
 
     /// Carries one request out in slot 0: its status, and its data afterwards.

@@ -244,6 +244,45 @@ fn memory_comes_and_goes_while_requests_are_served() {
     server.end();
 }
 
+/// A driver that sleeps until it is interrupted hangs if one interrupt is lost.
+#[test]
+fn virtqueues_that_stop_and_start_lose_no_interrupt() {
+    let folder = Folder::new();
+    folder.raw("disk.img", MIB);
+    let server = folder.serve(&["disk.img", "--o-direct", "--queues", "2"]);
+    let mut guest = Guest::new(2);
+    let mut front = guest.attach(&server.socket);
+    let more = Guest::new(0);
+    let mut region = more.region();
+    region.guest_phys_addr = 1 << 32;
+    for round in 0..100u8 {
+        offer_writes(&mut guest, round);
+        std::thread::sleep(Duration::from_micros(u64::from(round % 7) * 40));
+        let frontend = &mut front.frontend;
+        match round % 5 {
+            0 => {
+                frontend.add_mem_region(&region).unwrap();
+                frontend.remove_mem_region(&region).unwrap();
+            }
+            1 => drop(frontend.set_mem_table(&[guest.region()]).unwrap()),
+            2 => {
+                frontend.set_vring_enable(0, false).unwrap();
+                frontend.set_vring_enable(0, true).unwrap();
+            }
+            3 => frontend.set_vring_num(1, SIZE).unwrap(),
+            _ => {
+                frontend.set_vring_enable(1, false).unwrap();
+                frontend.set_vring_enable(1, true).unwrap();
+            }
+        }
+        // It has not looked at the used ring since it said that it wants to be told of the next.
+        assert!(guest.is_called(0, Duration::from_secs(20)), "round {round}");
+        finish_writes(&mut guest, Vec::new());
+    }
+    drop(front);
+    assert_eq!(server.end(), "");
+}
+
 #[test]
 fn a_device_that_was_reset_begins_anew() {
     let folder = Folder::new();

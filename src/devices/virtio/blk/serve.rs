@@ -77,7 +77,7 @@ impl Worker {
     }
 
     /// Tells the driver of what was used.
-    fn signal(&self, serving: &mut Serving) {
+    pub(super) fn signal(&self, serving: &mut Serving) {
         self.untold.set(0);
         self.measure();
         for index in 0..serving.queues.len() {

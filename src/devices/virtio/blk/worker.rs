@@ -258,7 +258,7 @@ impl Worker {
         Ok(())
     }
 
-    /// Ends what `activate` began: waits for the requests in flight.
+    /// Ends what `activate` began: waits for the requests in flight, and tells the driver of them.
     pub(super) async fn reset(&self) {
         self.gate.set(Gate::Shut);
         // Not by their eventfds, which the driver's side may hold too: it could take the signal.
@@ -266,8 +266,12 @@ impl Worker {
         sleepers.into_iter().flatten().for_each(Waker::wake);
         self.until(|worker| worker.in_flight.get() == 0 && worker.listeners.get() == 0)
             .await;
-        *self.serving.borrow_mut() = None;
-        self.measure();
+        // A front end goes on with the same rings, and the last of these requests has not come as
+        // far as `idle`: nobody would tell the driver of it later.
+        let serving = self.serving.borrow_mut().take();
+        if let Some(mut serving) = serving {
+            self.signal(&mut serving);
+        }
         self.gate.set(Gate::Open);
     }
 

@@ -134,6 +134,28 @@ fn a_reset_waits_for_the_requests_in_flight() {
 }
 
 #[test]
+fn a_driver_is_told_of_the_requests_that_a_reset_waits_for() {
+    let (mut guest, script) = boot(|_, _| {});
+    script.hold();
+    let buffers = guest.place(BUFFERS, &header(VIRTIO_BLK_T_IN, 0), &[], 512);
+    let head = guest.drivers[0].chain(&buffers);
+    guest.drivers[0].set_used_event(0);
+    guest.drivers[0].submit(head);
+    script.wait_calls(1);
+    let mut blk = guest.blk;
+    let reset = std::thread::spawn(move || {
+        blk.reset();
+        blk
+    });
+    std::thread::sleep(Duration::from_millis(20));
+    script.release();
+    guest.blk = in_time("a reset", move || reset.join().unwrap());
+    assert_eq!(guest.drivers[0].used_index(), 1);
+    // A front end may go on with the same virtqueue: nobody interrupts for this request later.
+    assert_eq!(guest.line.state().queues.get(&0), Some(&1));
+}
+
+#[test]
 fn a_reset_before_activation_does_nothing() {
     let (mut blk, _dir) = Setup::raw().open();
     blk.reset();
