@@ -88,6 +88,10 @@ impl Unflushed for Held {
         holder != 0 && holder != self.ours
     }
 
+    fn is_held(&self) -> bool {
+        self.is_ours()
+    }
+
     fn hold(&self) {
         self.store(self.ours);
     }

@@ -59,17 +59,36 @@ pub(crate) struct Front {
 impl Front {
     /// Connects and negotiates, with every protocol feature that is offered.
     pub(crate) fn connect(socket: &Path, queues: usize) -> Front {
+        let mut front = Front::greet(socket, queues);
+        front.accept();
+        front
+    }
+
+    /// The same, but for the features of virtio, which a driver has to accept.
+    pub(crate) fn greet(socket: &Path, queues: usize) -> Front {
         let mut frontend = Frontend::connect(socket, queues as u64).unwrap();
         let offered = frontend.get_features().unwrap();
         let protocol = frontend.get_protocol_features().unwrap();
         frontend.set_protocol_features(protocol).unwrap();
         assert_eq!(frontend.get_queue_num().unwrap(), queues as u64);
         frontend.set_owner().unwrap();
-        let features = offered;
-        frontend.set_features(features).unwrap();
         // From now on every message is acknowledged.
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        Front { frontend, features }
+        Front {
+            frontend,
+            features: offered,
+        }
+    }
+
+    /// The driver accepts all that is offered.
+    pub(crate) fn accept(&mut self) {
+        self.frontend.set_features(self.features).unwrap();
+    }
+
+    /// The driver sets the field `writeback` of the configuration space to 0.
+    pub(crate) fn write_through(&mut self) {
+        let flags = VhostUserConfigFlags::WRITABLE;
+        self.frontend.set_config(32, flags, &[0]).unwrap();
     }
 
     pub(crate) fn config(&mut self, offset: u32, len: u32) -> Vec<u8> {

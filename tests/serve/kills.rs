@@ -5,6 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use vhost::vhost_user::VhostUserFrontend;
+
 use crate::guest::*;
 use crate::{Folder, MIB, Server, bytes};
 
@@ -163,14 +165,51 @@ fn a_server_that_ends_as_it_should_or_sees_its_front_end_go_loses_nothing() {
 }
 
 #[test]
+fn virtqueues_that_stop_and_start_forget_nothing_that_is_unflushed() {
+    let folder = Folder::new();
+    qcow2(&folder);
+    let mut guest = Guest::new(1);
+    let restart = |front: &mut Front| {
+        front.frontend.set_vring_enable(0, false).unwrap();
+        front.frontend.set_vring_enable(0, true).unwrap();
+    };
+    // Flushed after it, so nothing is lost: neither with a server that ends,
+    let (server, mut front) = next(&folder, &mut guest, "disk.qcow2");
+    guest.write(0, &[1; 4096]);
+    restart(&mut front);
+    guest.flush();
+    assert_eq!(server.end(), "");
+    drop(front);
+    // nor with one that is killed.
+    let (server, mut front) = next(&folder, &mut guest, "disk.qcow2");
+    assert_eq!(flush(&mut guest), 0);
+    guest.write(CLUSTER, &[2; 4096]);
+    restart(&mut front);
+    guest.flush();
+    server.kill();
+    drop(front);
+    let (server, mut front) = next(&folder, &mut guest, "disk.qcow2");
+    assert_eq!(flush(&mut guest), 0);
+    assert!(guest.read(CLUSTER, 4096) == [2; 4096]);
+    // Not flushed after it: lost.
+    guest.write(2 * CLUSTER, &[3; 4096]);
+    restart(&mut front);
+    server.kill();
+    drop(front);
+    let (server, front) = next(&folder, &mut guest, "disk.qcow2");
+    assert_eq!(flush(&mut guest), IOERR);
+    assert_eq!(flush(&mut guest), 0);
+    drop(front);
+    server.end();
+}
+
+#[test]
 fn a_guest_that_writes_through_loses_nothing_with_a_server() {
     let folder = Folder::new();
     qcow2(&folder);
     let mut guest = Guest::new(1);
     let (server, mut front) = next(&folder, &mut guest, "disk.qcow2");
-    // The field `writeback` of the configuration space.
-    let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
-    vhost::vhost_user::VhostUserFrontend::set_config(&mut front.frontend, 32, flags, &[0]).unwrap();
+    front.write_through();
     for number in 0..8 {
         guest.write(number * CLUSTER, &[9; 4096]);
     }

@@ -16,6 +16,8 @@ use formats::Disk;
 pub trait Unflushed: Send + Sync {
     /// Whether an earlier device has taken such writes with it, and the driver was not told.
     fn is_lost(&self) -> bool;
+    /// Whether it is this device that has such writes: it was reset, and has not flushed since.
+    fn is_held(&self) -> bool;
     /// There are some, or will be before the driver is told of the next request. From now on it
     /// is this device that has them.
     fn hold(&self);
@@ -50,6 +52,7 @@ impl Ledger {
         self.state.set(match &record {
             None => State::Unrecorded,
             Some(record) if record.is_lost() => State::Lost,
+            Some(record) if record.is_held() => State::Held,
             Some(_) => State::Safe,
         });
         *self.record.borrow_mut() = record;

@@ -18,6 +18,10 @@ impl Unflushed for Kept {
         self.0.load(Ordering::SeqCst) == LOST
     }
 
+    fn is_held(&self) -> bool {
+        self.0.load(Ordering::SeqCst) == HELD
+    }
+
     fn hold(&self) {
         self.0.store(HELD, Ordering::SeqCst);
     }
@@ -64,6 +68,17 @@ fn a_write_that_makes_an_image_grow_is_recorded_until_it_is_flushed() {
     guest.reset();
     assert_eq!(kept.state(), HELD);
     guest.blk.handle().flush().unwrap();
+    assert_eq!(kept.state(), SAFE);
+}
+
+#[test]
+fn a_device_that_was_reset_and_goes_on_knows_what_is_unflushed() {
+    let (mut guest, kept) = boot("qcow2", 0, SAFE);
+    assert_eq!(guest.write(0, &[1; 512]), status(OK));
+    guest.reset();
+    guest.activate().unwrap();
+    assert_eq!(kept.state(), HELD);
+    assert_eq!(guest.flush(), status(OK));
     assert_eq!(kept.state(), SAFE);
 }
 
