@@ -180,10 +180,7 @@ impl Backend {
     /// back before this server has ended.
     fn record_in(&mut self, memory: Option<InFlight>) {
         if self.unflushed.take().is_some_and(|held| held.is_ours()) {
-            let handle = lock(&self.disk).handle();
-            if let Err(error) = handle.flush() {
-                tracing::error!("what a front end has written cannot be flushed: {error}");
-            }
+            self.flush();
         }
         let held = memory.as_ref().map(|memory| memory.unflushed(self.server));
         match &held {
@@ -199,6 +196,13 @@ impl Backend {
         }
         self.unflushed = held.flatten().map(Arc::new);
         self.in_flight = memory;
+    }
+
+    fn flush(&self) {
+        let handle = lock(&self.disk).handle();
+        if let Err(error) = handle.flush() {
+            tracing::error!("what a front end has written cannot be flushed: {error}");
+        }
     }
 
     /// Everything as at the beginning of the connection, but for what was negotiated.
@@ -219,7 +223,8 @@ impl Drop for Backend {
         if self.stop().is_err() {
             lock(&self.disk).reset();
         }
-        self.record_in(None);
+        // With a record or without: who goes on with another server may have none.
+        self.flush();
         self.calls.close();
     }
 }

@@ -204,6 +204,26 @@ fn virtqueues_that_stop_and_start_forget_nothing_that_is_unflushed() {
 }
 
 #[test]
+fn what_a_front_end_without_a_record_has_written_is_flushed_when_it_goes() {
+    let folder = Folder::new();
+    qcow2(&folder);
+    let mut guest = Guest::new(1);
+    let server = folder.serve(&["disk.qcow2"]);
+    let front = guest.attach(&server.socket);
+    guest.write(0, &[1; 4096]);
+    drop(front);
+    // The next one is served when that is done.
+    let front = guest.attach(&server.socket);
+    server.kill();
+    drop(front);
+    let server = folder.serve(&["disk.qcow2"]);
+    let front = guest.attach(&server.socket);
+    assert!(guest.read(0, 4096) == [1; 4096]);
+    drop(front);
+    assert_eq!(server.end(), "");
+}
+
+#[test]
 fn a_guest_that_writes_through_loses_nothing_with_a_server() {
     let folder = Folder::new();
     qcow2(&folder);
