@@ -52,6 +52,24 @@ impl Drop for Daemon {
 }
 
 #[test]
+fn the_driver_chooses_the_cache_of_the_daemon() {
+    let folder = Folder::with_image(MIB);
+    let _daemon = Daemon::start(&folder);
+    let mut device = folder.open(1, false).unwrap();
+    let mut guest = Guest::new(1);
+    let features = device.features();
+    for writeback in [0, 1] {
+        guest.drive(&mut device, features);
+        guest.run(0, OUT, 0, &noise(1, 512));
+        device.write_config(32, &[writeback]);
+        guest.run(0, OUT, 0, &noise(2, 512));
+        device.reset();
+    }
+    // It has hung up on nobody.
+    assert!(device.handle().is_connected());
+}
+
+#[test]
 fn requests_are_answered_by_the_daemon() {
     let folder = Folder::with_image(4 * MIB);
     let _daemon = Daemon::start(&folder);

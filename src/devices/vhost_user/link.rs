@@ -169,7 +169,9 @@ impl Link {
     /// Has the back end cache writes, or not.
     pub(super) fn set_writeback(&mut self, writeback: u8) -> io::Result<()> {
         if writeback != self.writeback {
-            let flags = VhostUserConfigFlags::WRITABLE;
+            // A field that a driver can write is flagged with 0, and 1 is for migration; the
+            // library has other names for them.
+            let flags = VhostUserConfigFlags::empty();
             let field = self
                 .frontend
                 .set_config(WRITEBACK as u32, flags, &[writeback]);
