@@ -27,8 +27,9 @@ use crate::devices::virtio::{Activation, ActiveQueue, Device, Interrupt, Record}
 /// The feature bit of virtio that stands for vhost-user's own features.
 const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// Length of a block device's configuration space, as far as a driver can write to it.
-const CONFIG_LEN: usize = 60;
+/// Offset of the field `writeback` in a block device's configuration space (virtio 1.3 section
+/// 5.2.4), the only one that a driver can write to.
+const WRITEBACK: u32 = 32;
 
 /// One connection's state. The disk is served as long as a ring is ready.
 pub(super) struct Backend {
@@ -42,8 +43,10 @@ pub(super) struct Backend {
     /// As the front end has set them.
     features: u64,
     protocol: u64,
-    /// What the driver has written to the configuration space.
-    config: Option<[u8; CONFIG_LEN]>,
+    /// The field `writeback`, as a driver has written it last. What the device makes of it follows
+    /// from the features, which a front end may tell later. It outlives a reset: QEMU shows the
+    /// next driver what it was told last, and does not tell it again.
+    writeback: Option<u8>,
 }
 
 impl Backend {
@@ -61,7 +64,7 @@ impl Backend {
             server,
             features: 0,
             protocol: 0,
-            config: None,
+            writeback: None,
         }
     }
 
@@ -96,20 +99,15 @@ impl Backend {
             .map_err(refused)
     }
 
-    /// A reset of the device forgets what its driver has written to the configuration space, and
-    /// ours are not the driver's.
-    fn keep_config(&mut self) {
-        let mut config = [0; CONFIG_LEN];
-        lock(&self.disk).read_config(0, &mut config);
-        self.config = Some(config);
+    fn is_serving(&self) -> bool {
+        self.rings.iter().any(|ring| ring.served.is_some())
     }
 
     /// Stops serving: what was taken is given back when it returns.
     pub(super) fn stop(&mut self) -> io::Result<()> {
-        if self.rings.iter().all(|ring| ring.served.is_none()) {
+        if !self.is_serving() {
             return Ok(());
         }
-        self.keep_config();
         lock(&self.disk).reset();
         let memory = self.regions.memory()?;
         for (index, ring) in self.rings.iter_mut().enumerate() {
@@ -163,8 +161,8 @@ impl Backend {
         let mut disk = lock(&self.disk);
         disk.record_unflushed(self.unflushed.clone().map(|it| it as Arc<dyn Unflushed>));
         disk.negotiated(features);
-        if let Some(config) = self.config {
-            disk.write_config(0, &config);
+        if let Some(writeback) = self.writeback {
+            disk.write_config(WRITEBACK.into(), &[writeback]);
         }
         let interrupt: Arc<dyn Interrupt> = self.calls.clone();
         disk.activate(Activation {
@@ -212,17 +210,14 @@ impl Backend {
             *ring = Ring::default();
         }
         self.record_in(None);
-        self.config = None;
         Ok(())
     }
 }
 
 impl Drop for Backend {
     fn drop(&mut self) {
-        // The rings may lie in no memory any more, and yet the disk stops.
-        if self.stop().is_err() {
-            lock(&self.disk).reset();
-        }
+        // The next front end finds a device that has negotiated nothing.
+        lock(&self.disk).reset();
         // With a record or without: who goes on with another server may have none.
         self.flush();
         self.calls.close();
@@ -240,6 +235,13 @@ fn place(region: &VhostUserMemoryRegion) -> Place {
         user: region.user_addr,
         offset: region.mmap_offset,
     }
+}
+
+/// Where in bytes of the configuration space from `offset` on the field `writeback` is.
+fn writeback_in(offset: u32) -> Option<usize> {
+    WRITEBACK
+        .checked_sub(offset)
+        .and_then(|at| at.try_into().ok())
 }
 
 /// An eventfd that the front end may leave out.
@@ -281,7 +283,6 @@ impl VhostUserBackendReqHandlerMut for Backend {
             if features & PROTOCOL_FEATURES == 0 {
                 this.rings.iter_mut().for_each(|ring| ring.enabled = true);
             }
-            this.config = None;
             lock(&this.disk).negotiated(features & !PROTOCOL_FEATURES);
             Ok(())
         })
@@ -419,12 +420,21 @@ impl VhostUserBackendReqHandlerMut for Backend {
         // A message has 4 KiB at most, and so has the answer.
         let mut config = vec![0; size as usize];
         lock(&self.disk).read_config(offset.into(), &mut config);
+        // What the device makes of it is known while it serves.
+        if let Some(writeback) = self.writeback.filter(|_| !self.is_serving())
+            && let Some(field) = writeback_in(offset).and_then(|at| config.get_mut(at))
+        {
+            *field = writeback;
+        }
         Ok(config)
     }
 
     fn set_config(&mut self, offset: u32, buf: &[u8], _: VhostUserConfigFlags) -> Result<()> {
-        lock(&self.disk).write_config(offset.into(), buf);
-        self.keep_config();
+        if let Some(writeback) = writeback_in(offset).and_then(|at| buf.get(at)) {
+            let writeback = u8::from(*writeback != 0);
+            self.writeback = Some(writeback);
+            lock(&self.disk).write_config(WRITEBACK.into(), &[writeback]);
+        }
         Ok(())
     }
 

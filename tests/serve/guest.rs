@@ -87,7 +87,7 @@ impl Front {
 
     /// The driver sets the field `writeback` of the configuration space to 0.
     pub(crate) fn write_through(&mut self) {
-        let flags = VhostUserConfigFlags::WRITABLE;
+        let flags = VhostUserConfigFlags::empty();
         self.frontend.set_config(32, flags, &[0]).unwrap();
     }
 

@@ -224,6 +224,27 @@ fn what_a_front_end_without_a_record_has_written_is_flushed_when_it_goes() {
 }
 
 #[test]
+fn a_guest_that_writes_through_before_it_is_ready_loses_nothing_with_a_server() {
+    let folder = Folder::new();
+    qcow2(&folder);
+    let mut guest = Guest::new(1);
+    let server = folder.serve(&["disk.qcow2"]);
+    // As QEMU does it, which tells the features when the driver is ready.
+    let mut front = Front::greet(&server.socket, 1);
+    front.write_through();
+    front.accept();
+    guest.share(&mut front);
+    guest.start(&front);
+    guest.write(0, &[9; 4096]);
+    server.kill();
+    drop(front);
+    let (server, front) = next(&folder, &mut guest, "disk.qcow2");
+    assert!(guest.read(0, 4096) == [9; 4096]);
+    drop(front);
+    assert_eq!(server.end(), "");
+}
+
+#[test]
 fn a_guest_that_writes_through_loses_nothing_with_a_server() {
     let folder = Folder::new();
     qcow2(&folder);

@@ -6,6 +6,8 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use rustix::process::Signal;
+use vhost::VhostBackend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
 use vhost::vhost_user::{FrontendReqHandler, VhostUserFrontend, VhostUserFrontendReqHandlerMut};
 use vm_memory::Bytes;
 
@@ -127,7 +129,6 @@ fn virtqueues_are_served_at_once_and_independently() {
         }
     }
     // One that is stopped is not served, and says where it is; the others are.
-    use vhost::VhostBackend;
     let base = front.frontend.get_vring_base(1).unwrap();
     assert_eq!(base, 20 * u32::from(SLOTS));
     guest.offer(1, 0, IN, 0, 512);
@@ -263,8 +264,7 @@ fn a_driver_may_have_the_cache_written_through() {
     let mut guest = Guest::new(1);
     let mut front = guest.attach(&server.socket);
     assert_eq!(front.config(32, 1), [1]);
-    let flags = vhost::vhost_user::message::VhostUserConfigFlags::WRITABLE;
-    front.frontend.set_config(32, flags, &[0]).unwrap();
+    front.write_through();
     assert_eq!(front.config(32, 1), [0]);
     // It holds while virtqueues stop and start.
     front.frontend.set_vring_enable(0, false).unwrap();
@@ -276,5 +276,46 @@ fn a_driver_may_have_the_cache_written_through() {
     let mut guest = Guest::new(1);
     let mut front = guest.attach(&server.socket);
     assert_eq!(front.config(32, 1), [1]);
+    // While they are stopped, too.
+    front.frontend.set_vring_enable(0, false).unwrap();
+    front.write_through();
+    assert_eq!(front.config(32, 1), [0]);
+    front.frontend.set_vring_enable(0, true).unwrap();
+    assert_eq!(front.config(32, 1), [0]);
+    server.end();
+}
+
+/// A front end shows the next driver what it was told last, and does not say it again: so do we.
+#[test]
+fn a_cache_is_written_through_until_somebody_says_otherwise() {
+    let folder = Folder::new();
+    folder.raw("disk.img", MIB);
+    let server = folder.serve(&["disk.img"]);
+    let mut guest = Guest::new(1);
+    let mut front = Front::greet(&server.socket, 1);
+    front.write_through();
+    assert_eq!(front.config(32, 1), [0]);
+    guest.share(&mut front);
+    // A driver that knows little, then one that knows all; the second one resets the device.
+    let few = front.features & !(1 << 29);
+    for features in [few, front.features, front.features] {
+        front.frontend.set_features(features).unwrap();
+        guest.start(&front);
+        assert_eq!(front.config(32, 1), [0]);
+        guest.write(1, &[1; 512]);
+        front.frontend.get_vring_base(0).unwrap();
+        front.frontend.reset_device().unwrap();
+        assert_eq!(front.config(32, 1), [0]);
+    }
+    let flags = VhostUserConfigFlags::empty();
+    front.frontend.set_config(32, flags, &[1]).unwrap();
+    guest.start(&front);
+    assert_eq!(front.config(32, 1), [1]);
+    // The next front end has a device of which nothing is known, started or not.
+    front.frontend.get_vring_base(0).unwrap();
+    front.frontend.set_features(few).unwrap();
+    front.write_through();
+    drop(front);
+    assert_eq!(Front::greet(&server.socket, 1).config(32, 1), [1]);
     server.end();
 }

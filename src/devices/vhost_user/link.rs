@@ -15,12 +15,13 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Error, Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_CONFIG_WCE;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::channel::{Channel, News};
-use super::offer::{CONFIG_LEN, Config, Offer, WRITEBACK};
+use super::offer::{CONFIG_LEN, Config, Offer, WRITEBACK, has};
 use crate::devices::virtio::{ActiveQueue, Interrupt};
 use crate::devices::{GuestMemory, event};
 
@@ -41,8 +42,6 @@ pub(super) struct Link {
     stream: UnixStream,
     channel: Option<Channel>,
     pub(super) offer: Offer,
-    /// The field `writeback` of the back end's configuration space.
-    writeback: u8,
 }
 
 /// What the driver has set up: there from its activation to a reset. It outlives the back end.
@@ -126,7 +125,6 @@ impl Link {
             frontend,
             stream,
             channel,
-            writeback: config.0[WRITEBACK],
             offer,
         })
     }
@@ -168,17 +166,12 @@ impl Link {
 
     /// Has the back end cache writes, or not.
     pub(super) fn set_writeback(&mut self, writeback: u8) -> io::Result<()> {
-        if writeback != self.writeback {
-            // A field that a driver can write is flagged with 0, and 1 is for migration; the
-            // library has other names for them.
-            let flags = VhostUserConfigFlags::empty();
-            let field = self
-                .frontend
-                .set_config(WRITEBACK as u32, flags, &[writeback]);
-            field.map_err(failed)?;
-            self.writeback = writeback;
-        }
-        Ok(())
+        // A field that a driver can write is flagged with 0, and 1 is for migration; the library
+        // has other names for them.
+        let flags = VhostUserConfigFlags::empty();
+        let frontend = &mut self.frontend;
+        let field = frontend.set_config(WRITEBACK as u32, flags, &[writeback]);
+        field.map(drop).map_err(failed)
     }
 
     /// Hands the virtqueues over. `calls` are what their interrupts signal, in the same order.
@@ -198,7 +191,10 @@ impl Link {
             .map(VhostUserMemoryRegionInfo::from_guest_region);
         let regions = regions.collect::<Result<Vec<_>, _>>().map_err(failed)?;
         frontend.set_mem_table(&regions).map_err(failed)?;
-        self.set_writeback(writeback)?;
+        // A back end may take this to be another driver, with a cache as at first.
+        if has(active.features, VIRTIO_BLK_F_CONFIG_WCE) {
+            self.set_writeback(writeback)?;
+        }
         if self.offer.in_flight {
             self.share_in_flight(active)?;
         }
@@ -285,7 +281,7 @@ impl Link {
 }
 
 fn config(frontend: &mut Frontend) -> io::Result<Config> {
-    let flags = VhostUserConfigFlags::empty();
+    let flags = VhostUserConfigFlags::WRITABLE;
     let (_, bytes) = frontend
         .get_config(0, CONFIG_LEN as u32, flags, &[0; CONFIG_LEN])
         .map_err(failed)?;

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 use super::*;
 use crate::devices::virtio::testing::{Driver, Line as Interrupts, guest_memory, in_time};
@@ -50,7 +51,11 @@ fn right(request: u32, payload: &[u8]) -> Option<Vec<u8>> {
             message(request, &config)
         }
         GET_VRING_BASE => message(request, payload),
-        GET_INFLIGHT_FD => message(request, payload),
+        GET_INFLIGHT_FD => {
+            let mut record = payload.to_vec();
+            record[..8].copy_from_slice(&4096u64.to_ne_bytes());
+            message(request, &record)
+        }
         // Acknowledged, once it may be.
         _ => number(0),
     })
@@ -156,6 +161,61 @@ fn drive(mut device: VhostUser) {
 #[test]
 fn a_back_end_that_does_what_it_should_is_driven() {
     drive(open(back_end(right), 1).unwrap());
+}
+
+#[test]
+fn a_back_end_is_told_of_the_cache_whenever_a_driver_is_ready() {
+    const SET_FEATURES: u32 = 2;
+    const SET_CONFIG: u32 = 25;
+    const CACHE: u64 = 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE;
+    let (heard, words) = channel();
+    let connect = back_end(move |request, payload| match request {
+        GET_FEATURES => Some(message(request, &(FEATURES | CACHE).to_ne_bytes())),
+        GET_CONFIG => {
+            // Write-back at first.
+            let mut config = right(request, payload)?;
+            config[12 + 12 + 32] = 1;
+            Some(config)
+        }
+        SET_FEATURES => {
+            let _ = heard.send("ready");
+            right(request, payload)
+        }
+        SET_CONFIG => {
+            let expected = [32u32, 1, 0].map(u32::to_ne_bytes);
+            assert_eq!(payload[..8], expected.as_flattened()[..8]);
+            let _ = heard.send(["through", "back"][usize::from(payload[12])]);
+            right(request, payload)
+        }
+        _ => right(request, payload),
+    });
+    let mut device = open(connect, 1).unwrap();
+    let words = in_time("the device", move || {
+        let memory = guest_memory();
+        let line = Arc::new(Interrupts::default());
+        let features = 1 << 32 | CACHE;
+        device.connect(line.clone());
+        for writes in [true, true, false] {
+            device.negotiated(features);
+            if writes {
+                device.write_config(32, &[0]);
+            }
+            let driver = Driver::new(&memory, &line, 0, 64, QUEUE_SIZE, features);
+            let activation = Activation {
+                memory: Arc::clone(&memory),
+                features,
+                queues: vec![driver.active()],
+                interrupt: line.clone(),
+            };
+            device.activate(activation).unwrap();
+            device.reset();
+        }
+        drop(device);
+        words.iter().collect::<Vec<_>>()
+    });
+    // A back end may forget what it is told before.
+    let through = ["through", "ready", "through"];
+    assert_eq!(words, [&through[..], &through, &["ready", "back"]].concat());
 }
 
 #[test]
