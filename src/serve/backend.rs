@@ -124,17 +124,24 @@ impl Backend {
         Ok(())
     }
 
-    /// Serves the rings that are ready.
+    /// Serves the rings that are ready, but for those that wait for their memory.
     fn start(&mut self) -> io::Result<()> {
         if !self.rings.iter().any(Ring::is_ready) {
             return Ok(());
         }
-        let memory = self.regions.memory()?;
+        let memory = match self.regions.memory() {
+            // There is none at all.
+            Err(_) if self.rings.iter().all(|it| it.waits || !it.is_ready()) => return Ok(()),
+            memory => memory?,
+        };
         let mut queues = Vec::new();
         for (index, ring) in self.rings.iter_mut().enumerate() {
             let Some(kick) = ring.kick.as_ref().filter(|_| ring.is_ready()) else {
                 continue;
             };
+            if ring.waits && ring.queue(&self.regions, &memory, 0, 0).is_err() {
+                continue;
+            }
             let index = index as u16;
             let used = ring.used(&self.regions, &memory)?;
             let (record, ahead) = match &self.in_flight {
@@ -156,6 +163,10 @@ impl Backend {
                 record,
             });
             ring.served = Some(ahead);
+            ring.waits = false;
+        }
+        if queues.is_empty() {
+            return Ok(());
         }
         let features = self.features & !PROTOCOL_FEATURES;
         let mut disk = lock(&self.disk);
@@ -321,7 +332,14 @@ impl VhostUserBackendReqHandlerMut for Backend {
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        self.change(|this| this.regions.remove(place(region)))
+        self.change(|this| {
+            this.regions.remove(place(region))?;
+            // So a front end exchanges a region that has changed: the next message brings the
+            // other one.
+            let ready = this.rings.iter_mut().filter(|ring| ring.is_ready());
+            ready.for_each(|ring| ring.waits = true);
+            Ok(())
+        })
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
@@ -353,6 +371,7 @@ impl VhostUserBackendReqHandlerMut for Backend {
             let ring = this.ring(index)?;
             // It is stopped until there is a kick again.
             ring.kick = None;
+            ring.waits = false;
             Ok(ring.base())
         })?;
         Ok(VhostUserVringState::new(index, base.into()))

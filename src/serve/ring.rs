@@ -26,6 +26,9 @@ pub(super) struct Ring {
     base: u16,
     pub(super) kick: Option<OwnedFd>,
     pub(super) enabled: bool,
+    /// Memory was taken away while it was ready. If it lay there, it waits until it lies in memory
+    /// again.
+    pub(super) waits: bool,
     /// While it is served: how far the available entries taken before were ahead of the used ring.
     pub(super) served: Option<u16>,
 }

@@ -283,6 +283,64 @@ fn virtqueues_that_stop_and_start_lose_no_interrupt() {
     assert_eq!(server.end(), "");
 }
 
+/// A front end with memory slots exchanges a region so.
+#[test]
+fn a_virtqueue_whose_memory_is_taken_away_waits_until_it_is_there_again() {
+    let folder = Folder::new();
+    folder.raw("disk.img", MIB);
+    let server = folder.serve(&["disk.img", "--o-direct"]);
+    let mut guest = Guest::new(1);
+    let mut front = guest.attach(&server.socket);
+    let region = guest.region();
+    let more = Guest::new(0);
+    let mut beside = more.region();
+    beside.guest_phys_addr = 1 << 32;
+    for round in 1..20 {
+        offer_writes(&mut guest, round);
+        front.frontend.remove_mem_region(&region).unwrap();
+        let mut answered = Vec::new();
+        while let Some(slot) = guest.used(0) {
+            answered.push(slot);
+        }
+        // Another change does not hurt it.
+        front.frontend.add_mem_region(&beside).unwrap();
+        front.frontend.remove_mem_region(&beside).unwrap();
+        guest.kick(0);
+        assert_eq!(guest.used(0), None);
+        front.frontend.add_mem_region(&region).unwrap();
+        finish_writes(&mut guest, answered);
+        expect_writes(
+            |sector| bytes(&folder.path("disk.img"), sector, 4096),
+            round,
+        );
+    }
+    // It can be stopped meanwhile, and says where it is.
+    front.frontend.remove_mem_region(&region).unwrap();
+    let base = front.frontend.get_vring_base(0).unwrap();
+    assert_eq!(base, 19 * u32::from(SLOTS));
+    // Whoever starts one there makes a mistake.
+    let events = guest.events(0);
+    drop(front);
+    let raw = Raw::negotiated(&server.socket);
+    let rings = guest.rings(0);
+    let areas = [
+        rings.desc_table_addr,
+        rings.used_ring_addr,
+        rings.avail_ring_addr,
+    ];
+    raw.send(SET_VRING_NUM, &words(&[pair(0, SIZE.into())]), &[]);
+    raw.send(
+        SET_VRING_ADDR,
+        &words(&[0, areas[0], areas[1], areas[2], 0]),
+        &[],
+    );
+    raw.send(SET_VRING_KICK, &words(&[0]), &events[..1]);
+    raw.send(SET_VRING_ENABLE, &words(&[pair(0, 1)]), &[]);
+    raw.expect_hang_up("a ring in no memory");
+    let said = server.end();
+    assert_eq!(said.lines().count(), 1, "{said}");
+}
+
 #[test]
 fn a_device_that_was_reset_begins_anew() {
     let folder = Folder::new();
