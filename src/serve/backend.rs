@@ -204,6 +204,13 @@ impl Backend {
             _ => {}
         }
         self.unflushed = held.flatten().map(Arc::new);
+        if let Some(held) = &self.unflushed {
+            match self.writeback {
+                Some(writeback) => held.keep_writeback(writeback),
+                // As an earlier server was told.
+                None => self.writeback = held.writeback(),
+            }
+        }
         self.in_flight = memory;
     }
 
@@ -452,6 +459,9 @@ impl VhostUserBackendReqHandlerMut for Backend {
         if let Some(writeback) = writeback_in(offset).and_then(|at| buf.get(at)) {
             let writeback = u8::from(*writeback != 0);
             self.writeback = Some(writeback);
+            if let Some(held) = &self.unflushed {
+                held.keep_writeback(writeback);
+            }
             lock(&self.disk).write_config(WRITEBACK.into(), &[writeback]);
         }
         Ok(())

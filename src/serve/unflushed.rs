@@ -5,9 +5,13 @@
 //! |---|---|
 //! | 0 | "unflush" and a version, 1: u64, little-endian |
 //! | 8 | the server that has such writes, 0 if none has: u64 |
+//! | 16 | the field `writeback` as a driver has written it, and 1; 0 if none has: u64 |
 //!
 //! A server has a number that no other has. One that finds another's here comes after one that was
 //! killed: a server that ends as it should flushes, and leaves 0.
+//!
+//! A driver that has its writes written through does not flush. A front end need not tell the next
+//! server of that, and QEMU does not.
 
 use std::fs::File;
 use std::io;
@@ -24,6 +28,7 @@ pub(super) const LEN: usize = 64;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"unflush\x01");
 const AT_HOLDER: usize = 8;
+const AT_WRITEBACK: usize = 16;
 
 /// The number of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,16 +69,34 @@ impl Held {
         })
     }
 
-    fn holder(&self) -> u64 {
+    fn load(&self, at: usize) -> u64 {
         let memory = self.region.as_volatile_slice();
-        let holder = memory.load(self.base + AT_HOLDER, Ordering::Acquire);
-        u64::from_le(holder.unwrap_or_default())
+        let loaded = memory.load(self.base + at, Ordering::Acquire);
+        u64::from_le(loaded.unwrap_or_default())
     }
 
-    fn store(&self, holder: u64) {
+    fn store(&self, at: usize, value: u64) {
         let memory = self.region.as_volatile_slice();
         // It is inside: `find` has looked.
-        let _ = memory.store(holder.to_le(), self.base + AT_HOLDER, Ordering::Release);
+        let _ = memory.store(value.to_le(), self.base + at, Ordering::Release);
+    }
+
+    fn holder(&self) -> u64 {
+        self.load(AT_HOLDER)
+    }
+
+    /// The field `writeback`, 0 or 1, if a driver has written it.
+    pub(super) fn writeback(&self) -> Option<u8> {
+        match self.load(AT_WRITEBACK) {
+            1 => Some(0),
+            2 => Some(1),
+            _ => None,
+        }
+    }
+
+    /// A driver has written the field `writeback`.
+    pub(super) fn keep_writeback(&self, writeback: u8) {
+        self.store(AT_WRITEBACK, 1 + u64::from(writeback));
     }
 
     /// Whether it is this server that has such writes.
@@ -93,10 +116,10 @@ impl Unflushed for Held {
     }
 
     fn hold(&self) {
-        self.store(self.ours);
+        self.store(AT_HOLDER, self.ours);
     }
 
     fn release(&self) {
-        self.store(0);
+        self.store(AT_HOLDER, 0);
     }
 }

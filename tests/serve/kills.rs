@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
 
 use crate::guest::*;
 use crate::{Folder, MIB, Server, bytes};
@@ -261,6 +262,34 @@ fn a_guest_that_writes_through_loses_nothing_with_a_server() {
         assert!(guest.read(number * CLUSTER, 4096) == [9; 4096]);
     }
     assert_eq!(flush(&mut guest), 0);
+    drop(front);
+    assert_eq!(server.end(), "");
+}
+
+/// QEMU says it once, and shows its guest what it said.
+#[test]
+fn a_guest_that_writes_through_does_so_with_the_next_servers_too() {
+    let folder = Folder::new();
+    qcow2(&folder);
+    let mut guest = Guest::new(1);
+    let (mut server, mut front) = next(&folder, &mut guest, "disk.qcow2");
+    front.write_through();
+    for number in 0..4u8 {
+        server.kill();
+        drop(front);
+        (server, front) = next(&folder, &mut guest, "disk.qcow2");
+        assert_eq!(front.config(32, 1), [0]);
+        if number > 0 {
+            assert!(guest.read(u64::from(number - 1) * CLUSTER, 4096) == [number - 1; 4096]);
+        }
+        guest.write(u64::from(number) * CLUSTER, &[number; 4096]);
+    }
+    // A front end that says otherwise is believed, and the one after it too.
+    let flags = VhostUserConfigFlags::empty();
+    front.frontend.set_config(32, flags, &[1]).unwrap();
+    drop(front);
+    let mut front = guest.attach_recording(&server.socket);
+    assert_eq!(front.config(32, 1), [1]);
     drop(front);
     assert_eq!(server.end(), "");
 }
