@@ -379,6 +379,35 @@ fn a_resize_and_requests_wait_for_each_other() {
 }
 
 #[test]
+fn a_driver_is_told_of_the_requests_that_a_resize_waits_for_and_of_those_after_it() {
+    let (mut guest, script) = boot(|_, _| {});
+    let submit = |guest: &mut Guest, at: u64| {
+        let buffers = guest.place(at, &header(VIRTIO_BLK_T_IN, 0), &[], 512);
+        let head = guest.drivers[0].chain(&buffers);
+        guest.drivers[0].submit(head);
+    };
+    let told = |guest: &Guest, times: u64| {
+        let enough = |state: &State| state.queues.get(&0) >= Some(&times);
+        guest.line.wait("an interrupt", enough);
+    };
+    script.hold();
+    guest.drivers[0].set_used_event(0);
+    submit(&mut guest, BUFFERS);
+    script.wait_calls(1);
+    let handle = guest.blk.handle();
+    let resize = std::thread::spawn(move || handle.resize(SIZE / 2));
+    std::thread::sleep(Duration::from_millis(20));
+    script.release();
+    // It sleeps until it is told, and does not look before.
+    told(&guest, 1);
+    in_time("a resize", move || resize.join().unwrap()).unwrap();
+    guest.drivers[0].set_used_event(1);
+    submit(&mut guest, BUFFERS + 0x1000);
+    told(&guest, 2);
+    assert_eq!(guest.drivers[0].used_index(), 2);
+}
+
+#[test]
 fn a_panic_on_the_disks_thread_hangs_nobody() {
     let (mut guest, script) = boot(|_, _| {});
     // The fake disk indexes its bytes: a read beyond them panics.
