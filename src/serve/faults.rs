@@ -5,17 +5,21 @@
 //! eventfd. What the device does with zeroes is its guest's affair until the connection ends.
 
 use std::io;
+use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::event::EventfdFlags;
+use vm_memory::MmapRegion;
 
 use super::memory::MAX_REGIONS;
+use super::wrong;
 
-/// Two front ends' worth: the regions of one may be mapped before those they replace go.
-const SLOTS: usize = 2 * MAX_REGIONS;
+/// Two front ends' worth: the regions of one may be mapped before those they replace go. And the
+/// records of requests in flight: of this front end, of the one before, and what replaces it.
+const SLOTS: usize = 2 * MAX_REGIONS + 8;
 
 /// A mapping; with the length 0 it is none.
 struct Slot {
@@ -55,6 +59,32 @@ impl Drop for Guarded {
     fn drop(&mut self) {
         self.0.len.store(0, Ordering::Release);
         self.0.start.store(0, Ordering::Release);
+    }
+}
+
+/// A file's memory in which a SIGBUS is survived.
+pub(super) struct Mapped {
+    /// Goes before the mapping does.
+    _guarded: Guarded,
+    region: MmapRegion,
+}
+
+impl Mapped {
+    pub(super) fn new(region: MmapRegion) -> io::Result<Mapped> {
+        let guarded = Guarded::new(region.as_ptr() as usize, region.size());
+        let guarded = guarded.ok_or_else(|| wrong("too many memory regions"))?;
+        Ok(Mapped {
+            _guarded: guarded,
+            region,
+        })
+    }
+}
+
+impl Deref for Mapped {
+    type Target = MmapRegion;
+
+    fn deref(&self) -> &MmapRegion {
+        &self.region
     }
 }
 

@@ -24,6 +24,8 @@ use rustix::fs::{
 };
 use vm_memory::{AtomicAccess, Bytes, FileOffset, MmapRegion, VolatileMemory};
 
+use super::faults::Mapped;
+use super::memory::{PAGE, page_of};
 use super::unflushed::{self, Held, Holder};
 use super::wrong;
 use crate::devices::virtio::Record;
@@ -45,7 +47,7 @@ const AT_COUNTER: usize = 8;
 /// The memory of all virtqueues.
 #[derive(Clone)]
 pub(super) struct InFlight {
-    region: Arc<MmapRegion>,
+    region: Arc<Mapped>,
     queues: u16,
     queue_size: u16,
 }
@@ -83,10 +85,14 @@ impl InFlight {
         queues: u16,
         queue_size: u16,
     ) -> io::Result<InFlight> {
-        // A file that cannot become shorter can be read and written without a fault.
+        // Of a file that cannot become shorter there is a page, but for a host without memory.
         let seals = fcntl_get_seals(file.as_fd()).unwrap_or(SealFlags::empty());
         if !seals.contains(SealFlags::SHRINK) {
             return Err(wrong("the memory of requests in flight is not sealed"));
+        }
+        // Of huge pages a host may have none, however long the file is.
+        if page_of(&file)? != PAGE {
+            return Err(wrong("the memory of requests in flight is of huge pages"));
         }
         let has = file.metadata()?.len();
         let fits = |size: &usize| {
@@ -102,7 +108,7 @@ impl InFlight {
         let region = MmapRegion::from_file(FileOffset::new(file, offset), size)
             .map_err(|error| wrong(format!("no memory of requests in flight: {error}")))?;
         Ok(InFlight {
-            region: Arc::new(region),
+            region: Arc::new(Mapped::new(region)?),
             queues,
             queue_size,
         })
@@ -132,7 +138,7 @@ impl InFlight {
 
 /// The record of one virtqueue.
 pub(super) struct Log {
-    region: Arc<MmapRegion>,
+    region: Arc<Mapped>,
     base: usize,
     size: u16,
     /// Of the next head that is taken.

@@ -15,7 +15,7 @@ use crate::devices::GuestMemory;
 pub(super) const MAX_REGIONS: usize = 256;
 
 /// Bytes of a page.
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 /// The file system whose files are made of huge pages (linux/magic.h).
 const HUGETLBFS: i64 = 0x9584_58f6;
 
@@ -127,7 +127,7 @@ impl Regions {
 }
 
 /// Bytes of the pages that a file is mapped in.
-fn page_of(file: &File) -> io::Result<u64> {
+pub(super) fn page_of(file: &File) -> io::Result<u64> {
     let system = rustix::fs::fstatfs(file)?;
     Ok(match system.f_type {
         HUGETLBFS => system.f_bsize as u64,

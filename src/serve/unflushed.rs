@@ -19,8 +19,9 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use vm_memory::{Bytes, MmapRegion, VolatileMemory};
+use vm_memory::{Bytes, VolatileMemory};
 
+use super::faults::Mapped;
 use crate::devices::virtio::blk::Unflushed;
 
 /// Bytes of it.
@@ -50,14 +51,14 @@ pub(super) fn mark(file: &File, offset: usize) -> io::Result<()> {
 
 /// The record, as one server sees it.
 pub(super) struct Held {
-    region: Arc<MmapRegion>,
+    region: Arc<Mapped>,
     base: usize,
     ours: u64,
 }
 
 impl Held {
     /// `None` where there is no such record: the memory is another program's.
-    pub(super) fn find(region: &Arc<MmapRegion>, base: usize, ours: Holder) -> Option<Held> {
+    pub(super) fn find(region: &Arc<Mapped>, base: usize, ours: Holder) -> Option<Held> {
         let magic: u64 = region
             .as_volatile_slice()
             .load(base, Ordering::Acquire)

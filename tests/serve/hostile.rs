@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use rustix::fs::ftruncate;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use vhost::VhostBackend;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -313,6 +313,24 @@ fn memory_that_is_taken_away_ends_the_connection() {
 }
 
 const DATA_BEGINS: u64 = 0x1_0000;
+
+#[test]
+fn a_record_of_requests_in_flight_that_is_made_of_huge_pages_is_refused() {
+    let folder = Folder::new();
+    folder.raw("disk.img", MIB);
+    let server = folder.serve(&["disk.img"]);
+    // The host may have none left: then an access is a SIGBUS, however long the file is.
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | MemfdFlags::HUGETLB;
+    let huge = memfd_create("huge", flags).unwrap();
+    ftruncate(&huge, 2 * MIB).unwrap();
+    fcntl_add_seals(&huge, SealFlags::SHRINK).unwrap();
+    let raw = Raw::negotiated(&server.socket);
+    let place = words(&[4096, 0, 1 | 64 << 16]);
+    raw.send(SET_INFLIGHT_FD, &place, &[huge.as_raw_fd()]);
+    raw.expect_hang_up("a record of huge pages");
+    expect_sound(&server);
+    server.end();
+}
 
 #[test]
 fn a_broken_ring_is_told_and_others_are_served_after_it() {
