@@ -45,7 +45,8 @@ pub(super) struct Regions(Vec<Region>);
 
 impl Regions {
     /// Maps one more region. Fails if there are too many, it is empty, wraps around, overlaps
-    /// another one, or does not lie in its file; and with the host's error.
+    /// another one, or does not lie in its file; and with the host's error. It may end within a
+    /// page: the driver of libblkio has its rings in one that is as long as they are.
     pub(super) fn add(&mut self, place: Place, file: File) -> io::Result<()> {
         let Place {
             guest,

@@ -18,6 +18,12 @@ const DESCRIPTOR_SIZE: u64 = size_of::<Descriptor>() as u64;
 /// Most bytes in one chain (section 2.7.5.2).
 const MAX_BYTES: u64 = 1 << 32;
 
+/// Most pieces of one chain, for each buffer that it may have. A buffer is in several where
+/// regions of guest memory meet. Buffers that do not overlap have one more for each such place, so
+/// two for each buffer are more than memory of a few hundred regions makes of any request; without
+/// a limit, memory of many small regions makes of a small request a large list.
+const PIECES_PER_BUFFER: usize = 4;
+
 /// The buffers of one descriptor chain.
 #[derive(Debug)]
 pub(crate) struct Chain {
@@ -67,6 +73,7 @@ impl DescriptorTable {
         let mut walk = Walk {
             memory: &self.memory,
             pieces: &mut scratch.0,
+            most: PIECES_PER_BUFFER * usize::from(self.longest),
             readable: None,
             bytes: 0,
             fault: None,
@@ -164,6 +171,8 @@ impl DescriptorTable {
 struct Walk<'a> {
     memory: &'a GuestMemory,
     pieces: &'a mut Vec<Piece>,
+    /// As many as there may be.
+    most: usize,
     /// Number of the pieces that are device-readable, once a device-writable one has come.
     readable: Option<usize>,
     bytes: u64,
@@ -199,21 +208,27 @@ impl Walk<'_> {
             return;
         }
         for slice in GuestMemoryBackend::get_slices(self.memory, address, len as usize) {
-            match slice {
-                Ok(slice) => self
-                    .pieces
-                    .push((slice.ptr_guard_mut().as_ptr(), slice.len())),
-                Err(_) => {
-                    self.fault = Some("a buffer lies outside guest memory");
-                    return;
-                }
+            let Ok(slice) = slice else {
+                self.fault = Some("a buffer lies outside guest memory");
+                return;
+            };
+            if self.pieces.len() == self.most {
+                self.fault = Some("the chain lies in too many regions of guest memory");
+                return;
             }
+            let piece = (slice.ptr_guard_mut().as_ptr(), slice.len());
+            self.pieces.push(piece);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use vm_memory::FileOffset;
+
     use super::*;
     use crate::devices::virtio::testing::*;
 
@@ -242,6 +257,58 @@ mod tests {
         let broken = table.walk(0, &mut Scratch::default()).unwrap_err();
         assert_eq!(broken.reason, "the chain is longer than 2^32 bytes");
         assert_eq!(broken.last.unwrap().len(), 1);
+    }
+
+    /// Begin of the memory in regions of a page, of which no two meet in our address space.
+    const SPLIT: u64 = 1 << 30;
+
+    /// A table at 0 for the longest chains of `longest` buffers, and `pages` regions at [`SPLIT`].
+    fn split_table(longest: u16, pages: u64) -> DescriptorTable {
+        let file = memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, pages << 13).unwrap();
+        let file = Arc::new(std::fs::File::from(file));
+        let page = |number: u64| {
+            let file = FileOffset::from_arc(Arc::clone(&file), number << 13);
+            let address = GuestAddress(SPLIT + (number << 12));
+            (address, 4096, Some(file))
+        };
+        let whole = (GuestAddress(0), 1 << 20, None);
+        let regions = std::iter::once(whole).chain((0..pages).map(page));
+        let memory = GuestMemory::from_ranges_with_files(regions).unwrap();
+        DescriptorTable {
+            memory: Rc::new(memory),
+            ..table(0, longest)
+        }
+    }
+
+    #[test]
+    fn buffers_that_do_not_overlap_may_lie_in_all_regions_of_guest_memory() {
+        // As many as a front end has, in the smallest virtqueue that we offer.
+        let (longest, pages) = (256, 256);
+        let table = split_table(longest, pages);
+        let len = pages * 4096 / u64::from(longest - 2);
+        let buffers = (0..u64::from(longest) - 2).map(|at| readable(SPLIT + at * len, len as u32));
+        let buffers = [readable(0, 16)].into_iter().chain(buffers);
+        let buffers: Vec<_> = buffers.chain([writable(0, 1)]).collect();
+        write_table(&table.memory, 0, &buffers);
+        let chain = table.walk(0, &mut Scratch::default()).unwrap();
+        assert!(chain.readable.iovecs().len() > 500);
+    }
+
+    #[test]
+    fn the_pieces_of_a_chain_are_bounded() {
+        let table = split_table(64, 200);
+        let whole = [writable(SPLIT, 200 * 4096); 63];
+        write_table(&table.memory, 0, &[&whole[..], &[writable(0, 1)]].concat());
+        let mut scratch = Scratch::default();
+        let broken = table.walk(0, &mut scratch).unwrap_err();
+        assert_eq!(
+            broken.reason,
+            "the chain lies in too many regions of guest memory"
+        );
+        // And yet it is answered.
+        assert_eq!(broken.last.unwrap().len(), 1);
+        assert_eq!(scratch.0.len(), 4 * 64);
     }
 
     #[test]
