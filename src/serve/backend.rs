@@ -21,6 +21,7 @@ use super::memory::{MAX_REGIONS, Place, Regions};
 use super::ring::{MAX_SIZE, Ring};
 use super::unflushed::{Held, Holder};
 use super::{lock, wrong};
+use crate::devices::throttle::Throttle;
 use crate::devices::virtio::blk::{Blk, Unflushed};
 use crate::devices::virtio::{Activation, ActiveQueue, Device, Interrupt, Record};
 
@@ -40,6 +41,8 @@ pub(super) struct Backend {
     in_flight: Option<InFlight>,
     unflushed: Option<Arc<Held>>,
     server: Holder,
+    /// Limits what the records of front ends can have us log.
+    records: Arc<Throttle>,
     /// As the front end has set them.
     features: u64,
     protocol: u64,
@@ -50,7 +53,7 @@ pub(super) struct Backend {
 }
 
 impl Backend {
-    pub(super) fn new(disk: Arc<Mutex<Blk>>, server: Holder) -> Backend {
+    pub(super) fn new(disk: Arc<Mutex<Blk>>, server: Holder, records: Arc<Throttle>) -> Backend {
         let queues = lock(&disk).queue_max_sizes().len();
         let calls = Arc::new(Calls::new(queues));
         lock(&disk).connect(Arc::clone(&calls) as Arc<dyn Interrupt>);
@@ -62,6 +65,7 @@ impl Backend {
             in_flight: None,
             unflushed: None,
             server,
+            records,
             features: 0,
             protocol: 0,
             writeback: None,
@@ -192,16 +196,24 @@ impl Backend {
             self.flush();
         }
         let held = memory.as_ref().map(|memory| memory.unflushed(self.server));
-        match &held {
-            Some(Some(held)) if held.is_lost() => tracing::error!(
-                "the server before was killed: writes that it had completed and not flushed are lost; \
-                 the guest's next flush fails, to tell it"
-            ),
-            Some(None) => tracing::warn!(
-                "the front end's record of requests in flight is another program's: \
-                 if writes are lost with a server, nobody will know"
-            ),
-            _ => {}
+        let news = match &held {
+            Some(Some(held)) => held.is_lost(),
+            Some(None) => true,
+            None => false,
+        };
+        if news && let Some(held_back) = self.records.pass() {
+            match held {
+                Some(Some(_)) => tracing::error!(
+                    held_back,
+                    "the server before was killed: writes that it had completed and not flushed are \
+                     lost; the guest's next flush fails, to tell it"
+                ),
+                _ => tracing::warn!(
+                    held_back,
+                    "the front end's record of requests in flight is another program's: \
+                     if writes are lost with a server, nobody will know"
+                ),
+            }
         }
         self.unflushed = held.flatten().map(Arc::new);
         if let Some(held) = &self.unflushed {

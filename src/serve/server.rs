@@ -12,6 +12,7 @@ use std::time::Duration;
 use libc::SIGHUP;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
 
+use super::backend::Backend;
 use super::unflushed::Holder;
 use super::{faults, session};
 use crate::control::Listener;
@@ -31,6 +32,8 @@ pub(crate) struct Server {
     ended: OwnedFd,
     faulted: BorrowedFd<'static>,
     warnings: Throttle,
+    /// As [`Backend::new`] takes it.
+    records: Arc<Throttle>,
 }
 
 /// A front end that is connected.
@@ -78,6 +81,7 @@ impl Server {
             ended: ended.map_err(|error| failed(error.into()))?,
             faulted: faults::survive().map_err(failed)?,
             warnings: Throttle::default(),
+            records: Arc::default(),
         })
     }
 
@@ -172,13 +176,13 @@ impl Server {
         };
         let ours = stream.try_clone()?;
         let (disk, on_end) = (Arc::clone(&self.disk), OnEnd(self.ended.try_clone()?));
-        let number = self.number;
+        let (number, records) = (self.number, Arc::clone(&self.records));
         let thread = thread::Builder::new()
             .name("front end".into())
             .spawn(move || {
                 // In this order: the disk is free when the end is told.
                 let _on_end = on_end;
-                session::serve(stream, disk, number)
+                session::serve(stream, Backend::new(disk, number, records))
             })?;
         tracing::info!("a front end has connected");
         Ok(Some(Session {

@@ -14,9 +14,7 @@ use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::backend::Backend;
-use super::unflushed::Holder;
 use super::{lock, wrong};
-use crate::devices::virtio::blk::Blk;
 
 /// Length of a message's header: request, flags and size, each a u32 of this machine.
 const HEADER: usize = 12;
@@ -28,8 +26,8 @@ const REPLY: u32 = 4;
 const NEED_REPLY: u32 = 8;
 
 /// Serves a front end until it goes; the error is its mistake, or the host's.
-pub(super) fn serve(stream: UnixStream, disk: Arc<Mutex<Blk>>, server: Holder) -> io::Result<()> {
-    let backend = Arc::new(Mutex::new(Backend::new(disk, server)));
+pub(super) fn serve(stream: UnixStream, backend: Backend) -> io::Result<()> {
+    let backend = Arc::new(Mutex::new(backend));
     let mut handler = BackendReqHandler::from_stream(stream.try_clone()?, Arc::clone(&backend));
     loop {
         match next(&stream, &backend, &mut handler) {

@@ -144,12 +144,17 @@ impl Guest {
         if self.in_flight.is_none() {
             self.in_flight = Some(front.frontend.get_inflight_fd(&wanted).unwrap());
         }
-        let (place, file) = self.in_flight.as_ref().unwrap();
-        let fd = file.as_raw_fd();
-        front.frontend.set_inflight_fd(place, fd).unwrap();
+        self.record_again(&mut front);
         self.share(&mut front);
         self.start(&front);
         front
+    }
+
+    /// Shares the memory for the requests in flight.
+    pub(crate) fn record_again(&self, front: &mut Front) {
+        let (place, file) = self.in_flight.as_ref().unwrap();
+        let fd = file.as_raw_fd();
+        front.frontend.set_inflight_fd(place, fd).unwrap();
     }
 
     pub(crate) fn region(&self) -> VhostUserMemoryRegionInfo {

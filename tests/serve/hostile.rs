@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -310,6 +311,34 @@ fn memory_that_is_taken_away_ends_the_connection() {
     let said = server.end();
     assert!(said.contains("its memory has become shorter"), "{said}");
     assert!(fs::read(&image).unwrap() == before);
+}
+
+#[test]
+fn records_of_others_are_no_flood_of_the_log() {
+    let folder = Folder::new();
+    folder.raw("disk.img", MIB);
+    let server = folder.serve(&["disk.img"]);
+    for forged in [false, true] {
+        let mut guest = Guest::new(1);
+        let mut front = guest.attach_recording(&server.socket);
+        let record = guest.record();
+        let end = record.metadata().unwrap().len() - 64;
+        // The record of unflushed writes: of nobody who is known, or of a server that was killed.
+        let words = match forged {
+            true => [u64::from_le_bytes(*b"unflush\x01"), 5],
+            false => [0, 0],
+        };
+        record
+            .write_all_at(words.map(u64::to_le_bytes).as_flattened(), end)
+            .unwrap();
+        for _ in 0..300 {
+            guest.record_again(&mut front);
+        }
+    }
+    let said = server.end();
+    let about = |what: &str| said.matches(what).count();
+    assert!(about("is another program's") > 0, "{said}");
+    assert!(said.lines().count() < 30, "{said}");
 }
 
 const DATA_BEGINS: u64 = 0x1_0000;

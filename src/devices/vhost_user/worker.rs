@@ -40,6 +40,8 @@ pub(super) struct Worker {
     pub(super) next_try: Instant,
     /// Limits what a back end that comes and goes can have us log.
     pub(super) warnings: Throttle,
+    /// The same for virtqueues that it finds broken, which hides nothing else.
+    complaints: Throttle,
     /// Why the last try failed, once that is logged.
     pub(super) refused: Option<String>,
 }
@@ -110,6 +112,7 @@ impl Worker {
             pause: SHORTEST,
             next_try: Instant::now(),
             warnings: Throttle::default(),
+            complaints: Throttle::default(),
             refused: None,
             options,
         })
@@ -298,8 +301,13 @@ impl Worker {
         }
         self.pass_on(&called);
         if broken && event::take(&self.broken) {
-            let shown = &self.shown;
-            tracing::error!("the server of the disk at `{shown}` finds its virtqueues broken");
+            if let Some(held_back) = self.complaints.pass() {
+                tracing::error!(
+                    held_back,
+                    "the server of the disk at `{}` finds its virtqueues broken",
+                    self.shown
+                );
+            }
             self.needs_reset();
         }
         if news && self.with_link(Link::listen) {
