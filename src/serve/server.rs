@@ -193,7 +193,11 @@ impl Server {
 
     /// A session is over, or about to be.
     fn end(&self, session: Session) {
-        match session.thread.join() {
+        let ended = session.thread.join();
+        // A fault of this one's, with its last request too, is none of the next one's.
+        let faulted = taken(self.faulted);
+        match ended {
+            _ if faulted => self.warn("its memory has become shorter"),
             Ok(Ok(())) => tracing::info!("the front end has gone"),
             Ok(Err(error)) => self.warn(&error.to_string()),
             Err(_) => self.warn("its thread has panicked"),
