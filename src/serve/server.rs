@@ -5,6 +5,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -86,13 +87,22 @@ impl Server {
     }
 
     /// Serves until a signal ends it; then flushes and closes the image. SIGHUP does not end it,
-    /// but is passed on.
+    /// but is passed on, to a thread of its own: what it has done may take long, and is given up
+    /// at the end.
     pub(crate) fn run(
         mut self,
         signals: &mut Signals,
-        on_hangup: &mut dyn FnMut(&BlkHandle),
+        on_hangup: impl Fn(&BlkHandle) + Send + 'static,
     ) -> Result<()> {
-        let served = self.serve(signals, on_hangup);
+        let handle = self.handle.clone();
+        // One that comes while another waits is the same.
+        let (hangups, receiver) = mpsc::sync_channel(1);
+        thread::Builder::new()
+            .name("hangup".into())
+            .spawn(move || receiver.iter().for_each(|()| on_hangup(&handle)))
+            .map_err(|error| Error::failed(format!("cannot set up a server: {error}")))?;
+        let served = self.serve(signals, &hangups);
+        self.handle.give_up();
         if let Some(session) = self.session.take() {
             // Fails only if the front end is gone already.
             let _ = session.stream.shutdown(Shutdown::Both);
@@ -108,11 +118,7 @@ impl Server {
         served.and(closed)
     }
 
-    fn serve(
-        &mut self,
-        signals: &mut Signals,
-        on_hangup: &mut dyn FnMut(&BlkHandle),
-    ) -> Result<()> {
+    fn serve(&mut self, signals: &mut Signals, hangups: &SyncSender<()>) -> Result<()> {
         loop {
             let signals_fd = signals.as_fd();
             let mut ready = vec![
@@ -134,7 +140,7 @@ impl Server {
             drop(ready);
             for signal in signals.take() {
                 match signal {
-                    SIGHUP => on_hangup(&self.handle),
+                    SIGHUP => drop(hangups.try_send(())),
                     signal => {
                         tracing::info!("{}: the disk is closed", signals::name(signal));
                         return Ok(());
@@ -197,10 +203,10 @@ impl Server {
         // A fault of this one's, with its last request too, is none of the next one's.
         let faulted = taken(self.faulted);
         match ended {
+            Err(_) => self.warn("its thread has panicked"),
             _ if faulted => self.warn("its memory has become shorter"),
             Ok(Ok(())) => tracing::info!("the front end has gone"),
             Ok(Err(error)) => self.warn(&error.to_string()),
-            Err(_) => self.warn("its thread has panicked"),
         }
         let _ = taken(&self.ended);
     }

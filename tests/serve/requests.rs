@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::Signal;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
@@ -12,6 +13,7 @@ use vhost::vhost_user::{FrontendReqHandler, VhostUserFrontend, VhostUserFrontend
 use vm_memory::Bytes;
 
 use crate::guest::*;
+use crate::messages::*;
 use crate::{Folder, MIB, bytes, done};
 
 /// A segment of a discard or write-zeroes request.
@@ -185,6 +187,22 @@ fn a_new_size_is_told_to_the_guest() {
     server.end();
     let last = bytes(&folder.path("disk.img"), 3 * MIB / 512 - 1, 512);
     assert_eq!(last, [7; 512]);
+}
+
+#[test]
+fn a_look_at_the_size_that_takes_long_holds_nothing_else_up() {
+    let folder = Folder::new();
+    let image = folder.raw("disk.img", MIB);
+    let server = folder.serve(&["disk.img"]);
+    // Nobody writes it: to open it takes for ever.
+    fs::remove_file(&image).unwrap();
+    mknodat(CWD, &image, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    for _ in 0..3 {
+        server.signal(Signal::HUP);
+        let raw = Raw::negotiated(&server.socket);
+        assert_eq!(raw.ask(GET_QUEUE_NUM, &[], &[]), [1]);
+    }
+    server.end();
 }
 
 #[test]

@@ -117,7 +117,7 @@ impl Serve {
             self.socket.display()
         ));
         let raw = raw_name(&format);
-        server.run(&mut signals, &mut |handle| {
+        server.run(&mut signals, move |handle| {
             let looked = self.wanted(raw.then_some(&path));
             let said = looked.and_then(|wanted| match wanted {
                 Some(wanted) => resize(handle, wanted),
