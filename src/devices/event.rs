@@ -8,6 +8,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::bell::Bell;
+
 /// The descriptor of an eventfd.
 pub(crate) fn fd(event: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open for as long as `event` is borrowed.
@@ -16,7 +18,8 @@ pub(crate) fn fd(event: &EventFd) -> BorrowedFd<'_> {
 
 /// Whether it is signalled.
 pub(crate) fn is_signalled(event: &EventFd) -> bool {
-    is_ready(event, PollFlags::IN)
+    let mut ready = [PollFd::from_borrowed_fd(fd(event), PollFlags::IN)];
+    matches!(poll(&mut ready, Some(&Timespec::default())), Ok(1))
 }
 
 /// Takes its counter; whether it was signalled.
@@ -31,16 +34,9 @@ pub(crate) fn take(event: &EventFd) -> bool {
     }
 }
 
-/// Signals it, unless its counter is at the end: that says enough.
+/// Signals it, as one who does so seldom; [`Bell`] is for one who does it often.
 pub(crate) fn signal(event: &EventFd) {
-    if is_ready(event, PollFlags::OUT) {
-        let _ = event.write(1);
-    }
-}
-
-fn is_ready(event: &EventFd, what: PollFlags) -> bool {
-    let mut ready = [PollFd::from_borrowed_fd(fd(event), what)];
-    matches!(poll(&mut ready, Some(&Timespec::default())), Ok(1))
+    Bell::new(fd(event)).ring();
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The devices of the machine: serial port, PCI bus, virtio devices. They know nothing of KVM,
 //! only of the traits in this module; the virtio devices know nothing of PCI either.
 
+pub(crate) mod bell;
 pub mod bus;
 pub(crate) mod event;
 pub mod pci;

@@ -7,8 +7,8 @@ use std::sync::Mutex;
 
 use rustix::net::SendFlags;
 
-use super::bell::Bell;
 use super::{lock, wrong};
+use crate::devices::bell::Bell;
 use crate::devices::virtio::Interrupt;
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1, without content: a message's header.
@@ -22,8 +22,8 @@ pub(super) struct Calls {
 
 #[derive(Default)]
 struct Queue {
-    call: Mutex<Option<Bell>>,
-    error: Mutex<Option<Bell>>,
+    call: Mutex<Option<Bell<OwnedFd>>>,
+    error: Mutex<Option<Bell<OwnedFd>>>,
 }
 
 /// An eventfd that a front end has sent. Anything else could be read for ever, or block.
@@ -36,7 +36,7 @@ pub(super) fn eventfd(file: File) -> io::Result<OwnedFd> {
     }
 }
 
-fn signal(bell: &Mutex<Option<Bell>>) {
+fn signal(bell: &Mutex<Option<Bell<OwnedFd>>>) {
     if let Some(bell) = &mut *lock(bell) {
         bell.ring();
     }

@@ -9,7 +9,6 @@
 //! [spec]: https://www.qemu.org/docs/master/interop/vhost-user.html
 
 mod backend;
-mod bell;
 mod calls;
 mod faults;
 #[cfg(any(test, fuzzing))]
