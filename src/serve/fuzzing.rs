@@ -157,7 +157,7 @@ impl Bench {
         thread::spawn(move || {
             // One that nobody sends: the server ends with the process.
             let mut signals = Signals::catch_only(&[SIGURG]).unwrap();
-            let ended = server.run(&mut signals, &mut |_| {});
+            let ended = server.run(&mut signals, |_| {});
             panic!("the server has ended: {ended:?}");
         });
         Bench {

@@ -15,6 +15,7 @@ mod faults;
 pub mod fuzzing;
 mod inflight;
 mod memory;
+mod messages;
 mod ring;
 mod server;
 mod session;
