@@ -2,7 +2,7 @@
 //! is a SIGBUS, which must end its connection and not this process.
 //!
 //! The handler puts zeroed memory in the place of the whole region, for good, and signals an
-//! eventfd. What the device does with zeroes is its guest's affair until the connection ends.
+//! eventfd; in the place of a page, where the host overcommits no more. What the device does with zeroes is its guest's affair until the connection ends.
 
 use std::io;
 use std::ops::Deref;
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rustix::event::EventfdFlags;
 use vm_memory::MmapRegion;
 
-use super::memory::MAX_REGIONS;
+use super::memory::{MAX_REGIONS, PAGE};
 use super::wrong;
 
 /// Two front ends' worth: the regions of one may be mapped before those they replace go. And the
@@ -25,12 +25,14 @@ const SLOTS: usize = 2 * MAX_REGIONS + 8;
 struct Slot {
     start: AtomicUsize,
     len: AtomicUsize,
+    page: AtomicUsize,
 }
 
 static MAPPINGS: [Slot; SLOTS] = [const {
     Slot {
         start: AtomicUsize::new(0),
         len: AtomicUsize::new(0),
+        page: AtomicUsize::new(0),
     }
 }; SLOTS];
 
@@ -41,8 +43,8 @@ static FAULTED: OnceLock<OwnedFd> = OnceLock::new();
 pub(super) struct Guarded(&'static Slot);
 
 impl Guarded {
-    /// `None` if there are too many.
-    pub(super) fn new(start: usize, len: usize) -> Option<Guarded> {
+    /// Of so many bytes, in pages of so many. `None` if there are too many mappings.
+    pub(super) fn new(start: usize, len: usize, page: u64) -> Option<Guarded> {
         let free = |slot: &&Slot| {
             let taken = slot
                 .start
@@ -50,6 +52,7 @@ impl Guarded {
             taken.is_ok()
         };
         let slot = MAPPINGS.iter().find(free)?;
+        slot.page.store(page as usize, Ordering::Relaxed);
         slot.len.store(len, Ordering::Release);
         Some(Guarded(slot))
     }
@@ -62,7 +65,7 @@ impl Drop for Guarded {
     }
 }
 
-/// A file's memory in which a SIGBUS is survived.
+/// The memory of a file of small pages, in which a SIGBUS is survived.
 pub(super) struct Mapped {
     /// Goes before the mapping does.
     _guarded: Guarded,
@@ -71,7 +74,7 @@ pub(super) struct Mapped {
 
 impl Mapped {
     pub(super) fn new(region: MmapRegion) -> io::Result<Mapped> {
-        let guarded = Guarded::new(region.as_ptr() as usize, region.size());
+        let guarded = Guarded::new(region.as_ptr() as usize, region.size(), PAGE);
         let guarded = guarded.ok_or_else(|| wrong("too many memory regions"))?;
         Ok(Mapped {
             _guarded: guarded,
@@ -109,6 +112,26 @@ pub(super) fn survive() -> io::Result<BorrowedFd<'static>> {
     }
 }
 
+/// Puts zeroed memory in the place of a mapping or of pages of it; whether the host has it.
+///
+/// # Safety
+///
+/// The memory is accessed through raw pointers only.
+unsafe fn replace(start: usize, len: usize) -> bool {
+    // SAFETY: the caller says that nobody relies on what is there. mmap(2) is async-signal-safe.
+    let replaced = unsafe {
+        libc::mmap(
+            start as *mut libc::c_void,
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            -1,
+            0,
+        )
+    };
+    replaced != libc::MAP_FAILED
+}
+
 extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: with SA_SIGINFO the kernel passes a valid pointer; of a SIGBUS it has an address.
     let address = unsafe { (*info).si_addr() } as usize;
@@ -118,19 +141,11 @@ extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c
         if len == 0 || !(start..start + len).contains(&address) {
             continue;
         }
-        // SAFETY: the range is one mapping that its `Guarded` says is there, of memory that is
+        let page = slot.page.load(Ordering::Relaxed).max(1);
+        let faulted = address - (address - start) % page;
+        // SAFETY: both are in one mapping that its `Guarded` says is there, of memory that is
         // shared with another process and accessed through raw pointers only.
-        let replaced = unsafe {
-            libc::mmap(
-                start as *mut libc::c_void,
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if replaced == libc::MAP_FAILED {
+        if !unsafe { replace(start, len) || replace(faulted, page) } {
             break;
         }
         if let Some(event) = FAULTED.get() {
@@ -143,4 +158,51 @@ extern "C" fn handle(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c
     // Not one of ours: the access is made again, and ends the process as it would have.
     // SAFETY: to restore the default action runs no handler.
     unsafe { libc::signal(libc::SIGBUS, libc::SIG_DFL) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use vm_memory::{Bytes, FileOffset, VolatileMemory};
+
+    use super::*;
+
+    /// Two pages of a file that is shorter by now.
+    fn gone() -> MmapRegion {
+        let file = File::from(memfd_create("test", MemfdFlags::CLOEXEC).unwrap());
+        ftruncate(&file, 2 * PAGE).unwrap();
+        let place = FileOffset::new(file.try_clone().unwrap(), 0);
+        let region = MmapRegion::from_file(place, 2 * PAGE as usize).unwrap();
+        region.as_volatile_slice().write_obj(7u8, 0).unwrap();
+        ftruncate(&file, 0).unwrap();
+        region
+    }
+
+    fn byte(region: &MmapRegion, at: usize) -> u8 {
+        region.as_volatile_slice().read_obj(at).unwrap()
+    }
+
+    #[test]
+    fn memory_that_is_gone_is_zeroes_from_then_on_and_is_told() {
+        let event = survive().unwrap();
+        let memory = Mapped::new(gone()).unwrap();
+        assert_eq!(byte(&memory, 0), 0);
+        rustix::io::read(event, &mut [0; 8]).unwrap();
+        memory.as_volatile_slice().write_obj(8u8, 4096).unwrap();
+        assert_eq!(byte(&memory, 4096), 8);
+    }
+
+    #[test]
+    fn where_the_host_has_no_memory_for_the_whole_region_pages_of_it_are_replaced() {
+        survive().unwrap();
+        let memory = gone();
+        // No host has memory for that.
+        let guarded = Guarded::new(memory.as_ptr() as usize, 1 << 47, PAGE).unwrap();
+        for at in [5000, 100, 5001] {
+            assert_eq!(byte(&memory, at), 0);
+        }
+        drop(guarded);
+    }
 }

@@ -85,7 +85,7 @@ impl Regions {
         let size = usize::try_from(len).map_err(|_| wrong("a memory region is too large"))?;
         let mapping = MmapRegion::from_file(FileOffset::new(file, offset), size)
             .map_err(|error| wrong(format!("a memory region cannot be mapped: {error}")))?;
-        let guarded = Guarded::new(mapping.as_ptr() as usize, size)
+        let guarded = Guarded::new(mapping.as_ptr() as usize, size, page)
             .ok_or_else(|| wrong("too many memory regions"))?;
         let mapping = GuestRegionMmap::new(mapping, GuestAddress(guest))
             .ok_or_else(|| wrong("a memory region wraps around"))?;
