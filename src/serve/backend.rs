@@ -35,8 +35,8 @@ pub(super) struct Backend {
     in_flight: Option<InFlight>,
     pub(super) unflushed: Option<Arc<Held>>,
     server: Holder,
-    /// Limits what the records of front ends can have us log.
-    records: Arc<Throttle>,
+    /// Limits what front ends can have us log with their records, or by coming and going.
+    warnings: Arc<Throttle>,
     /// As the front end has set them.
     pub(super) features: u64,
     pub(super) protocol: u64,
@@ -47,7 +47,7 @@ pub(super) struct Backend {
 }
 
 impl Backend {
-    pub(super) fn new(disk: Arc<Mutex<Blk>>, server: Holder, records: Arc<Throttle>) -> Backend {
+    pub(super) fn new(disk: Arc<Mutex<Blk>>, server: Holder, warnings: Arc<Throttle>) -> Backend {
         let queues = lock(&disk).queue_max_sizes().len();
         let calls = Arc::new(Calls::new(queues));
         lock(&disk).connect(Arc::clone(&calls) as Arc<dyn Interrupt>);
@@ -59,7 +59,7 @@ impl Backend {
             in_flight: None,
             unflushed: None,
             server,
-            records,
+            warnings,
             features: 0,
             protocol: 0,
             writeback: None,
@@ -198,7 +198,7 @@ impl Backend {
             Some(None) => true,
             None => false,
         };
-        if news && let Some(held_back) = self.records.pass() {
+        if news && let Some(held_back) = self.warnings.pass() {
             match held {
                 Some(Some(_)) => tracing::error!(
                     held_back,
@@ -225,8 +225,13 @@ impl Backend {
 
     fn flush(&self) {
         let handle = lock(&self.disk).handle();
-        if let Err(error) = handle.flush() {
-            tracing::error!("what a front end has written cannot be flushed: {error}");
+        if let Err(error) = handle.flush()
+            && let Some(held_back) = self.warnings.pass()
+        {
+            tracing::error!(
+                held_back,
+                "what a front end has written cannot be flushed: {error}"
+            );
         }
     }
 
