@@ -6,28 +6,47 @@
 //! another thread would only delay it.
 
 use std::cell::Cell;
+use std::num::NonZero;
 use std::rc::Rc;
 use std::thread;
 
 use super::op::{Kind, Request};
 use super::shortcut::MAX_LEN;
 
-/// The long copies of a ring that are under way.
+/// Most long copies of a ring that the kernel's threads make at once. They have a few threads, and
+/// what waits for the disk needs them too: a flush is not to queue behind reads.
+const MOST_ELSEWHERE: usize = 4;
+
+/// The long copies of a ring.
 pub(super) struct Copies {
-    under_way: Rc<Cell<usize>>,
-    /// The thread may run on more than one processor.
-    several: bool,
+    counts: Rc<Counts>,
+    /// How many may be made elsewhere at once.
+    limit: usize,
+}
+
+#[derive(Default)]
+struct Counts {
+    under_way: Cell<usize>,
+    /// Of those, what the kernel's threads make.
+    elsewhere: Cell<usize>,
 }
 
 /// A long copy that is under way as long as this is there.
-pub(super) struct LongCopy(Rc<Cell<usize>>);
+pub(super) struct LongCopy {
+    counts: Rc<Counts>,
+    elsewhere: bool,
+}
 
 impl Copies {
-    /// For a ring of this thread.
+    /// For a ring of this thread, which may run on so many processors.
     pub(super) fn new() -> Self {
+        let processors = thread::available_parallelism().map_or(1, NonZero::get);
         Copies {
-            under_way: Rc::default(),
-            several: thread::available_parallelism().is_ok_and(|count| count.get() > 1),
+            counts: Rc::default(),
+            limit: match processors {
+                1 => 0,
+                several => several.min(MOST_ELSEWHERE),
+            },
         }
     }
 
@@ -38,19 +57,32 @@ impl Copies {
         let long = matches!(request.kind, Kind::Read)
             && request.left() > MAX_LEN
             && request.file.opened().cached;
-        if !long || !self.several || request.copy.is_some() {
+        if !long || request.copy.is_some() {
             return;
         }
-        let others = self.under_way.get();
-        self.under_way.set(others + 1);
-        request.copy = Some(LongCopy(Rc::clone(&self.under_way)));
-        request.may_block |= others > 0;
+        let Counts {
+            under_way,
+            elsewhere,
+        } = &*self.counts;
+        let other = under_way.get() > 0 && elsewhere.get() < self.limit;
+        under_way.set(under_way.get() + 1);
+        elsewhere.set(elsewhere.get() + usize::from(other));
+        request.copy = Some(LongCopy {
+            counts: Rc::clone(&self.counts),
+            elsewhere: other,
+        });
+        request.may_block |= other;
     }
 }
 
 impl Drop for LongCopy {
     fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
+        let Counts {
+            under_way,
+            elsewhere,
+        } = &*self.counts;
+        under_way.set(under_way.get() - 1);
+        elsewhere.set(elsewhere.get() - usize::from(self.elsewhere));
     }
 }
 
@@ -72,10 +104,10 @@ mod tests {
         Request::transfer(Kind::Read, file, 0, to, End::Once)
     }
 
-    fn copies(several: bool) -> Copies {
+    fn copies(limit: usize) -> Copies {
         Copies {
-            under_way: Rc::default(),
-            several,
+            counts: Rc::default(),
+            limit,
         }
     }
 
@@ -88,7 +120,7 @@ mod tests {
     #[test]
     fn a_long_read_goes_to_another_thread_while_one_is_under_way() {
         let file = File::from(tempfile::tempfile().unwrap());
-        let copies = copies(true);
+        let copies = copies(2);
         let (first_elsewhere, first) = begun(&copies, read(&file, LONG));
         let (second_elsewhere, second) = begun(&copies, read(&file, LONG));
         assert!(!first_elsewhere && second_elsewhere);
@@ -97,15 +129,30 @@ mod tests {
     }
 
     #[test]
+    fn the_kernel_s_threads_have_so_many_at_once_and_no_more() {
+        let file = File::from(tempfile::tempfile().unwrap());
+        let copies = copies(2);
+        let begin = || begun(&copies, read(&file, LONG));
+        let requests = [begin(), begin(), begin(), begin()];
+        let elsewhere = requests.each_ref().map(|(elsewhere, _)| *elsewhere);
+        assert_eq!(elsewhere, [false, true, true, false]);
+        let [first, second, third, fourth] = requests;
+        drop((first, third, fourth));
+        assert!(begun(&copies, read(&file, LONG)).0);
+        drop(second);
+        assert!(!begun(&copies, read(&file, LONG)).0);
+    }
+
+    #[test]
     fn a_request_that_is_issued_again_counts_once() {
         let file = File::from(tempfile::tempfile().unwrap());
-        let copies = copies(true);
+        let copies = copies(2);
         let mut request = read(&file, LONG);
         copies.begin(&mut request);
         copies.begin(&mut request);
         assert!(!request.may_block);
         drop(request);
-        assert_eq!(copies.under_way.get(), 0);
+        assert_eq!(copies.counts.under_way.get(), 0);
     }
 
     #[test]
@@ -116,13 +163,13 @@ mod tests {
         let flags = OFlags::CREATE | OFlags::RDWR | OFlags::DIRECT;
         let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
         let direct = rustix::fs::open(folder.path().join("direct"), flags, mode).unwrap();
-        for (several, file, len) in [
-            (true, file.clone(), MAX_LEN),
-            (true, pipe.into(), LONG),
-            (true, direct.into(), LONG),
-            (false, file, LONG),
+        for (limit, file, len) in [
+            (2, file.clone(), MAX_LEN),
+            (2, pipe.into(), LONG),
+            (2, direct.into(), LONG),
+            (0, file, LONG),
         ] {
-            let copies = copies(several);
+            let copies = copies(limit);
             let (_, first) = begun(&copies, read(&file, len));
             assert!(!begun(&copies, read(&file, len)).0);
             drop(first);

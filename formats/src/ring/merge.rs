@@ -3,7 +3,8 @@
 //! A driver that reads or writes on and on in small requests makes several available at once;
 //! one transfer of all of them costs the kernel, and the disk, little more than one of each.
 //! One that fails or falls short is asked for again piece by piece, so that every operation has
-//! its own result.
+//! its own result. A write that is asked for again may so come after one that was asked for later;
+//! whoever has two in flight for the same bytes has no promise of an order.
 
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -14,10 +15,11 @@ use super::op::{Kind, Request};
 use super::shortcut::MAX_LEN;
 use super::table::Token;
 
-/// Bytes of a merged transfer: what a disk takes at once is seldom more.
-const MAX_RUN: usize = 256 << 10;
-/// Pieces of memory of a merged transfer: `IOV_MAX` of the kernel.
-const MAX_PIECES: usize = 1024;
+/// Bytes of a merged transfer. There are disks that take no more at once, for which the kernel would
+/// hand a longer one to a thread of its own.
+const MAX_RUN: usize = 128 << 10;
+/// Pieces of memory of a merged transfer, likewise.
+const MAX_PIECES: usize = 32;
 
 /// A transfer that may have neighbours.
 #[derive(Clone, Copy)]
@@ -60,7 +62,8 @@ impl Part {
             _ => return None,
         };
         let len = request.left();
-        ((1..=MAX_LEN).contains(&len) && !request.may_block).then(|| Part {
+        let short = (1..=MAX_LEN).contains(&len) && request.iovecs().len() < MAX_PIECES;
+        (short && !request.may_block).then(|| Part {
             token,
             fd: request.file.as_raw_fd(),
             write,
@@ -272,15 +275,15 @@ mod tests {
 
     #[test]
     fn a_long_row_is_several_transfers() {
-        let offsets: Vec<_> = (0..150).map(|index| index * 4096).collect();
+        let offsets: Vec<_> = (0..75).map(|index| index * 4096).collect();
         let row = transfers(read, &file(), &offsets);
         let mut merges = Merges::default();
         assert_eq!(entries(&mut merges, &row), 3);
         let mut done = Vec::new();
-        for (index, parts) in [64, 64, 22].into_iter().enumerate() {
+        for (index, parts) in [32, 32, 11].into_iter().enumerate() {
             assert!(merges.report(Token::merged(index), parts * 4096, &mut done));
         }
-        assert_eq!(done.len(), 150);
+        assert_eq!(done.len(), 75);
         assert!(done.iter().all(|(_, count)| *count == 4096));
         // Their places are used again.
         assert_eq!(entries(&mut merges, &row), 3);

@@ -99,12 +99,16 @@ impl Request {
         let Ok(count) = usize::try_from(result) else {
             let errno = -result;
             self.attempts += 1;
-            let again = matches!(errno, libc::EINTR | libc::EAGAIN)
-                && !matches!(self.kind, Kind::Call(_) | Kind::Poll);
+            // ECANCELED: the kernel could make no thread that may block. It has tried nothing.
+            let again = match self.kind {
+                Kind::Call(_) | Kind::Poll => false,
+                Kind::Counter => matches!(errno, libc::EINTR | libc::EAGAIN),
+                _ => matches!(errno, libc::EINTR | libc::EAGAIN | libc::ECANCELED),
+            };
             if !again || self.attempts >= MAX_ATTEMPTS {
                 return Some(Err(io::Error::from_raw_os_error(errno)));
             }
-            self.may_block |= errno == libc::EAGAIN;
+            self.may_block = errno == libc::EAGAIN || self.may_block && errno != libc::ECANCELED;
             return None;
         };
         let (Kind::Read | Kind::Write, Some(left)) = (&self.kind, &mut self.segments) else {

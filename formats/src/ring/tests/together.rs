@@ -1,6 +1,7 @@
 //! Operations that are under way at the same time.
 
 use super::*;
+use crate::testing::in_tmpfs;
 
 /// Polls all of them, so that they are issued together, and then waits for each.
 async fn together(mut operations: Vec<Whole>) -> Vec<io::Result<()>> {
@@ -63,6 +64,43 @@ fn neighbours_that_fail_each_have_their_error() {
                 assert_eq!(result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
             }
         });
+    });
+}
+
+#[test]
+fn neighbours_for_which_there_is_no_room_each_have_their_error() {
+    let Some(folder) = in_tmpfs(
+        "ring::tests::together::neighbours_for_which_there_is_no_room_each_have_their_error",
+        "40k",
+    ) else {
+        return;
+    };
+    each(|ring| {
+        let path = folder.join("file");
+        let flags = OFlags::RDWR | OFlags::DSYNC | OFlags::CREATE;
+        let fd = rustix::fs::open(&path, flags, rustix::fs::Mode::RWXU).unwrap();
+        let file = File::from(fd);
+        run(ring, async {
+            let writes = (0..20).map(|index| {
+                ring.write_all_at(&file, index * 4096, segments(&[index as u8 + 1; 4096]))
+            });
+            let results = together(writes.collect()).await;
+            let (mut written, mut full) = (0, 0);
+            for (index, result) in results.into_iter().enumerate() {
+                let Err(error) = result else {
+                    let to = segments(&[0; 4096]);
+                    let offset = index as u64 * 4096;
+                    ring.read_exact_at(&file, offset, to.clone()).await.unwrap();
+                    assert!(bytes(&to).iter().all(|byte| *byte == index as u8 + 1));
+                    written += 1;
+                    continue;
+                };
+                assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+                full += 1;
+            }
+            assert!(written > 0 && full >= 10, "{written} written");
+        });
+        std::fs::remove_file(path).unwrap();
     });
 }
 
