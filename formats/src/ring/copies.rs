@@ -45,7 +45,7 @@ impl Copies {
             counts: Rc::default(),
             limit: match processors {
                 1 => 0,
-                several => several.min(MOST_ELSEWHERE),
+                _ => MOST_ELSEWHERE,
             },
         }
     }
