@@ -17,14 +17,14 @@ impl Inner {
         if self.has_work() || look() {
             return Some(Duration::ZERO);
         }
-        if limit.is_zero() {
-            return None;
-        }
         if let Backend::Uring(uring) = &mut *self.backend.borrow_mut() {
             uring.submit_queued();
         }
         if self.has_work() {
             return Some(Duration::ZERO);
+        }
+        if limit.is_zero() {
+            return None;
         }
         let start = Instant::now();
         loop {

@@ -26,7 +26,7 @@ pub(super) struct Polling {
     misses: u32,
     /// Waits for which the thread sleeps at once, because of those.
     rest: u32,
-    /// Requests were in flight when the thread last came here.
+    /// When the thread last came here, requests were in flight, and none was complete.
     waited: bool,
 }
 
@@ -104,8 +104,13 @@ impl Worker {
     pub(super) fn linger(&self, serving: &Serving) -> bool {
         let look = || serving.queues.iter().any(Virtqueue::has_available);
         let polling = &mut self.polling.borrow_mut();
-        let in_flight = self.in_flight.get() > 0;
-        if std::mem::replace(&mut polling.waited, in_flight) || in_flight {
+        if self.in_flight.get() > 0 {
+            // What the page cache has is complete as soon as it is submitted: that is no wait.
+            let more = self.ring.linger(Duration::ZERO, look).is_some();
+            polling.waited = !more;
+            return more;
+        }
+        if std::mem::take(&mut polling.waited) {
             return self.ring.linger(Duration::ZERO, look).is_some();
         }
         let (since, window) = (Instant::now(), polling.window());
