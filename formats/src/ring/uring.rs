@@ -229,12 +229,19 @@ impl Uring {
         idle && self.backlog.is_empty()
     }
 
-    /// Whether completions are in, or would be if the kernel were asked.
+    /// Whether completions are in, after the kernel has been asked for those that it holds back.
+    ///
+    /// That there is work for the kernel to do on this thread does not say so: it may come to no
+    /// completion, and the flag for it is also left behind when the work is done already. Whoever
+    /// has been told that something is in counts on it that [`Uring::enter`] does not wait.
     pub(super) fn has_completions(&mut self) -> bool {
         let queue = self.ring.submission();
-        let more = queue.taskrun() || queue.cq_overflow();
+        let held_back = queue.taskrun() || queue.cq_overflow();
         drop(queue);
-        more || !self.ring.completion().is_empty()
+        if held_back {
+            self.submit(0);
+        }
+        !self.ring.completion().is_empty()
     }
 
     /// Appends the results that are in.
