@@ -110,13 +110,17 @@ impl Virtqueue {
         Ok((virtqueue, kick))
     }
 
-    /// Takes what is available, as [`Virtqueue::take_available`] does; if there is nothing, the
+    /// Takes up to `most` chains, as [`Virtqueue::take_available`] does; if there is none, the
     /// driver notifies of the next.
     ///
     /// While chains come, notifications stay off: the caller comes back before it sleeps.
-    pub(crate) fn take(&mut self, mut take: impl FnMut(u16)) -> Result<bool, BrokenRing> {
+    pub(crate) fn take(
+        &mut self,
+        most: usize,
+        mut take: impl FnMut(u16),
+    ) -> Result<bool, BrokenRing> {
         loop {
-            if self.take_available(&mut take)? {
+            if self.take_available(most, &mut take)? {
                 return Ok(true);
             }
             if self.notified {
@@ -129,12 +133,16 @@ impl Virtqueue {
         }
     }
 
-    /// Takes every chain that the driver has made available and passes its head to `take`;
-    /// returns whether there was one. If there was none, whether the driver notifies of the next
-    /// stays as it is.
+    /// Takes up to `most` chains that the driver has made available, and once all that a record
+    /// has left, and passes their heads to `take`; returns whether there was one. If there was
+    /// none, whether the driver notifies of the next stays as it is.
     ///
     /// Bounded by the queue size, whatever the driver does meanwhile.
-    pub(crate) fn take_available(&mut self, mut take: impl FnMut(u16)) -> Result<bool, BrokenRing> {
+    pub(crate) fn take_available(
+        &mut self,
+        most: usize,
+        mut take: impl FnMut(u16),
+    ) -> Result<bool, BrokenRing> {
         let memory: &GuestMemory = &self.table.memory;
         let before = self.queue.next_avail();
         if !self.resumed.is_empty() {
@@ -145,7 +153,7 @@ impl Virtqueue {
             return Ok(true);
         }
         let (size, in_flight) = (self.table.size, &mut self.in_flight);
-        for chain in self.queue.iter(memory)? {
+        for chain in self.queue.iter(memory)?.take(most) {
             let head = chain.head_index();
             if head >= size {
                 return Err(BrokenRing(format!(
@@ -279,7 +287,7 @@ mod tests {
 
     fn take(queue: &mut Virtqueue) -> Vec<u16> {
         let mut heads = Vec::new();
-        queue.take(|head| heads.push(head)).unwrap();
+        queue.take(usize::MAX, |head| heads.push(head)).unwrap();
         heads
     }
 
@@ -301,6 +309,22 @@ mod tests {
         assert_eq!(driver.used_index(), 1);
         let words = told.words.lock().unwrap();
         assert_eq!(*words, ["taken 6", "returning 4", "returned 4, used 1"]);
+    }
+
+    #[test]
+    fn no_more_heads_are_taken_than_asked_for_and_the_next_call_goes_on() {
+        let mut driver = driver();
+        for head in [4, 2, 6] {
+            driver.offer(head);
+        }
+        driver.publish();
+        let mut queue = virtqueue(&driver, Told::default()).unwrap();
+        for expected in [vec![4, 2], vec![6], vec![]] {
+            let mut heads = Vec::new();
+            let any = queue.take(2, |head| heads.push(head)).unwrap();
+            assert_eq!(heads, expected);
+            assert_eq!(any, !expected.is_empty());
+        }
     }
 
     #[test]

@@ -155,7 +155,7 @@ fn serve(
     let mut scratch = Scratch::default();
     let mut heads = Vec::with_capacity(usize::from(QUEUE_SIZE));
     loop {
-        let more = queue.take(|head| heads.push(head))?;
+        let more = queue.take(usize::MAX, |head| heads.push(head))?;
         for head in heads.drain(..) {
             let len = match queue.chain(head, &mut scratch) {
                 Ok(chain) if !chain.writable.is_empty() => fill(chain.writable)?,

@@ -8,7 +8,6 @@
 use std::time::{Duration, Instant};
 
 use super::worker::{Serving, Worker};
-use crate::devices::virtio::queue::Virtqueue;
 
 /// The longest window where the configuration does not say: somewhat more than another processor
 /// takes to be woken and to answer.
@@ -102,7 +101,7 @@ impl Worker {
     /// once: what a disk takes is long, and looking kept a processor busy and made O_DIRECT a
     /// quarter slower, one request at a time.
     pub(super) fn linger(&self, serving: &Serving) -> bool {
-        let look = || serving.queues.iter().any(Virtqueue::has_available);
+        let look = || serving.has_available();
         let polling = &mut self.polling.borrow_mut();
         if self.in_flight.get() > 0 {
             // What the page cache has is complete as soon as it is submitted: that is no wait.

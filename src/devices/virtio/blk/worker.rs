@@ -18,7 +18,7 @@ use super::command::Command;
 use super::features::{Profile, has};
 use super::latency::Finished;
 use super::polling::{LONGEST, Polling, Sleep};
-use super::serve::Slot;
+use super::serve::{AT_ONCE, Slot};
 use super::unflushed::Ledger;
 use super::{BlkOptions, Shared, affinity};
 use crate::devices::GuestMemory;
@@ -51,6 +51,13 @@ pub(super) struct Serving {
     kicks: Vec<File>,
 }
 
+impl Serving {
+    /// Whether a virtqueue has something to take, or to find out about.
+    pub(super) fn has_available(&self) -> bool {
+        self.queues.iter().any(Virtqueue::has_available)
+    }
+}
+
 /// Whether requests are taken from the virtqueues.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum Gate {
@@ -76,6 +83,8 @@ pub(super) struct Worker {
     pub(super) host_errors: Throttle,
     pub(super) unflushed: Ledger,
     pub(super) gate: Cell<Gate>,
+    /// Heads that are taken from a virtqueue at a time.
+    pub(super) at_once: usize,
     /// Slots without a job.
     pub(super) free: RefCell<Vec<Rc<Slot>>>,
     /// Requests taken and not given back.
@@ -196,6 +205,11 @@ impl Worker {
             host_errors: Throttle::default(),
             unflushed: Ledger::default(),
             gate: Cell::default(),
+            at_once: match image.o_direct {
+                // What waits for the disk is best with all of it there.
+                true => usize::MAX,
+                false => AT_ONCE,
+            },
             free: RefCell::default(),
             in_flight: Cell::default(),
             untold: Cell::default(),
