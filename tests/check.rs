@@ -159,7 +159,7 @@ error: cannot open `b.img`: No such file or directory
 8 | path = 'b.img'
   |        ^^^^^^^
   |
-  = help: create it, or add `size` to have it created
+  = help: create it with `launcher disk create`, or add `size` to its `[[block]]`
 
 error: cannot create `none/c.img`: No such file or directory
   --> vm.toml:10:8
@@ -463,7 +463,7 @@ error: cannot open `a.img`: No such file or directory
 4 | path = 'a.img'
   |        ^^^^^^^
   |
-  = help: create it, or add `size` to have it created
+  = help: create it with `launcher disk create`, or add `size` to its `[[block]]`
 ",
     );
 }

@@ -126,7 +126,7 @@ error: cannot open `disk.img`: No such file or directory
 3 | path = 'disk.img'
   |        ^^^^^^^^^^
   |
-  = help: create it, or add `size` to have it created
+  = help: create it with `launcher disk create`, or add `size` to its `[[block]]`
 ",
     );
 }

@@ -187,7 +187,9 @@ fn block(fd: &OwnedFd, kind: Kind, stat: &Stat) -> u32 {
 pub(super) fn unopenable(image: &Image, error: &io::Error) -> OpenError {
     let help = match error.raw_os_error() {
         Some(libc::ENOENT) if image.ro => None,
-        Some(libc::ENOENT) => Some("create it, or add `size` to have it created".into()),
+        Some(libc::ENOENT) => {
+            Some("create it with `launcher disk create`, or add `size` to its `[[block]]`".into())
+        }
         Some(libc::EACCES | libc::EPERM) => Some(permission(image)),
         Some(libc::EROFS) => Some("set `ro = true`: its file system is read-only".into()),
         Some(libc::EBUSY) => Some("unmount it first: the host itself uses this device".into()),

@@ -83,7 +83,7 @@ error: cannot open `c.img`: No such file or directory
 6 | path = 'c.img'
   |        ^^^^^^^
   |
-  = help: create it, or add `size` to have it created
+  = help: create it with `launcher disk create`, or add `size` to its `[[block]]`
 ",
     );
 }
