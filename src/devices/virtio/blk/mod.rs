@@ -3,6 +3,7 @@
 //! One disk is one thread with one [`formats::Ring`]; all virtqueues are served there.
 
 mod affinity;
+mod batch;
 mod command;
 mod counters;
 mod features;

@@ -14,11 +14,11 @@ use std::task::{Poll, Waker};
 use formats::{Disk, File, OpenError, Ring};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
+use super::batch::{AT_ONCE, Slot};
 use super::command::Command;
 use super::features::{Profile, has};
 use super::latency::Finished;
 use super::polling::{LONGEST, Polling, Sleep};
-use super::serve::{AT_ONCE, Slot};
 use super::unflushed::Ledger;
 use super::{BlkOptions, Shared, affinity};
 use crate::devices::GuestMemory;
