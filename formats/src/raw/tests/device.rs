@@ -1,9 +1,12 @@
 //! Host block devices: loop devices, which only root may have.
 
+use std::fmt::Display;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::testing::{Loop, bytes, directory, image, open, refused, run, segments};
 use crate::{Engine, Image, Ring};
@@ -21,6 +24,19 @@ fn ring() -> Ring {
     Ring::new(Engine::Auto).unwrap()
 }
 
+/// Opens a device that was let go of. A child that another test starts has it, too, until it is
+/// another program.
+fn once_free<T, E: Display>(open: impl Fn() -> Result<T, E>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match open() {
+            Ok(opened) => return opened,
+            Err(error) if Instant::now() > deadline => panic!("not free: {error}"),
+            Err(_) => thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
 #[test]
 fn a_block_device_is_a_disk_of_its_size() {
     let Some((_directory, file, device)) = device(512) else {
@@ -32,7 +48,7 @@ fn a_block_device_is_a_disk_of_its_size() {
             o_direct,
             ..image(&device.0)
         };
-        let disk = open(&ring, "sparse-raw", &image).unwrap();
+        let disk = once_free(|| open(&ring, "sparse-raw", &image));
         assert_eq!(disk.size(), 1 << 20);
         assert!(disk.limits().discard_granularity >= 512);
         run(&ring, disk.write(512, segments(&[7; 1024]))).unwrap();
@@ -111,14 +127,14 @@ fn a_resize_takes_notice_of_the_size_that_a_block_device_has_by_now() {
     run(&ring, disk.resize(2 << 20)).unwrap();
     assert_eq!(disk.size(), 2 << 20);
     drop(disk);
-    let larger = refused(
-        "sparse-raw",
-        &Image {
-            size: Some(4 << 20),
-            ..image(&device.0)
-        },
-    );
-    assert_eq!(larger.key, "size");
+    let larger = Image {
+        size: Some(4 << 20),
+        ..image(&device.0)
+    };
+    once_free(|| match refused("sparse-raw", &larger) {
+        error if error.key == "size" => Ok(()),
+        error => Err(error),
+    });
 }
 
 #[test]
@@ -135,11 +151,8 @@ fn a_block_device_in_use_is_refused() {
     // The host itself takes a device like this when it mounts it.
     use std::os::unix::fs::OpenOptionsExt;
     let mut options = fs::File::options();
-    let host = options
-        .read(true)
-        .custom_flags(libc::O_EXCL)
-        .open(&device.0)
-        .unwrap();
+    options.read(true).custom_flags(libc::O_EXCL);
+    let host = once_free(|| options.open(&device.0));
     let error = refused("raw", &image(&device.0));
     assert!(
         error.message.ends_with(": Device or resource busy"),
@@ -147,5 +160,5 @@ fn a_block_device_in_use_is_refused() {
     );
     assert!(error.help.unwrap().starts_with("unmount it first"));
     drop(host);
-    open(&ring, "raw", &image(&device.0)).unwrap();
+    once_free(|| open(&ring, "raw", &image(&device.0)));
 }
