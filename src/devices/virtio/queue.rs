@@ -133,9 +133,9 @@ impl Virtqueue {
         }
     }
 
-    /// Takes up to `most` chains that the driver has made available, and once all that a record
-    /// has left, and passes their heads to `take`; returns whether there was one. If there was
-    /// none, whether the driver notifies of the next stays as it is.
+    /// Takes up to `most` chains that the driver has made available, or, before any of those, all
+    /// that a record names; passes their heads to `take`, and returns whether there was one. If
+    /// there was none, whether the driver notifies of the next stays as it is.
     ///
     /// Bounded by the queue size, whatever the driver does meanwhile.
     pub(crate) fn take_available(
@@ -285,6 +285,13 @@ mod tests {
         Driver::new(&guest_memory(), &Arc::default(), 0, 8, 8, 0)
     }
 
+    fn driver_offering(heads: [u16; 3]) -> Driver {
+        let mut driver = driver();
+        heads.iter().for_each(|head| driver.offer(*head));
+        driver.publish();
+        driver
+    }
+
     fn take(queue: &mut Virtqueue) -> Vec<u16> {
         let mut heads = Vec::new();
         queue.take(usize::MAX, |head| heads.push(head)).unwrap();
@@ -293,11 +300,7 @@ mod tests {
 
     #[test]
     fn heads_of_an_earlier_device_are_taken_first_and_recorded_once() {
-        let mut driver = driver();
-        for head in [4, 2, 6] {
-            driver.offer(head);
-        }
-        driver.publish();
+        let driver = driver_offering([4, 2, 6]);
         let told = Told {
             resume: vec![2, 4],
             ..Told::default()
@@ -313,11 +316,7 @@ mod tests {
 
     #[test]
     fn no_more_heads_are_taken_than_asked_for_and_the_next_call_goes_on() {
-        let mut driver = driver();
-        for head in [4, 2, 6] {
-            driver.offer(head);
-        }
-        driver.publish();
+        let driver = driver_offering([4, 2, 6]);
         let mut queue = virtqueue(&driver, Told::default()).unwrap();
         for expected in [vec![4, 2], vec![6], vec![]] {
             let mut heads = Vec::new();

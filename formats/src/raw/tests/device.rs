@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::testing::{Loop, bytes, directory, image, open, refused, run, segments};
-use crate::{Engine, Image, Ring};
+use crate::{Engine, Image, OpenError, Ring};
 
 /// A block device of 1 MiB, and the file behind it.
 fn device(sector_size: u32) -> Option<(tempfile::TempDir, PathBuf, Loop)> {
@@ -131,10 +131,11 @@ fn a_resize_takes_notice_of_the_size_that_a_block_device_has_by_now() {
         size: Some(4 << 20),
         ..image(&device.0)
     };
-    once_free(|| match refused("sparse-raw", &larger) {
-        error if error.key == "size" => Ok(()),
-        error => Err(error),
+    let error = once_free(|| match refused("sparse-raw", &larger) {
+        in_use if in_use.key == OpenError::HOST => Err(in_use),
+        error => Ok(error),
     });
+    assert_eq!(error.key, "size");
 }
 
 #[test]
